@@ -1,0 +1,734 @@
+"""
+Titans: Learning to Memorize at Test Time (Behrouz, Zhong, Mirrokni; arXiv 2501.00663) in one file.
+
+A Titans model has three memories. Short-term: attention inside a segment. Persistent: a few learned tokens, the same for
+every input. Long-term: a small MLP, one per sequence, layer and head, whose weights are trained by gradient descent
+*while the model reads*. What the MLP cannot yet predict is a surprise, and surprise is what is written.
+
+    symbol   here        meaning                                                       shape
+    M        weights     long-term memory: the weights of an MLP, one matrix a layer   (B, H, out, in), float32
+    S        surprise    momentum of past surprise                                     as M
+    theta    theta       inner learning rate                                           (B, H, T)
+    eta      eta         surprise decay (momentum); some TTT code calls theta eta      (B, H, T), in (0, 1)
+    alpha    alpha       forget gate; alpha = 1 clears the memory                      (B, H, T), in (0, 1)
+    k, v, q  k, v, q     memory keys, values, queries (attention has its own)          (B, H, T, D)
+    b        chunk_len   tokens whose gradients are all taken at the same weights
+    C        segment_len tokens one MAC attention sees, a multiple of chunk_len; *chunk* and *segment* never swap
+
+    Loss      l(M; k, v) = |M(k) - v|^2
+    Surprise  S_t = eta_t S_{t-1} - theta_t grad l(M_c; k_t, v_t)      M_c: the memory when t's chunk began
+    Memory    M_t = (1 - alpha_t) M_{t-1} + S_t
+    Read      y_t = M_t(q_t), changes nothing
+
+Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, N tokens of the open chunk, P persistent.
+"""
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass
+class TitansConfig:
+    """Every option of the model. Raises ValueError, naming the options, on a combination that cannot work."""
+    arch: Literal['mac', 'gpt'] = 'mac'  # mac: Memory as Context. gpt: the same Transformer without memory
+    block_size: int = 1024      # tokens of a training sequence, and the attention window of 'gpt'
+    vocab_size: int = 50304     # 0 = as many as the data set has (filled in by the trainer)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False          # in the Linear layers of attention and MLP
+    segment_len: int = 128      # tokens one MAC attention sees
+    chunk_len: int = 64         # tokens whose surprise is measured at the same memory; divides segment_len
+    num_persist_mem: int = 4    # learned tokens in front of every segment
+    num_longterm_mem: int = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
+    memory_depth: int = 1       # layers of the memory MLP, 1 (linear) to 4
+    memory_expansion: int = 2   # its hidden width over its input width
+    memory_heads: int = 12      # independent memories of width n_embd / memory_heads
+    memory_conv: int = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
+    memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'  # hard: clamped linear, can be exactly 0
+    memory_lr: float = 0.1      # where theta starts
+    memory_momentum: float = 0.5   # where eta starts
+    memory_decay: float = 0.001    # where alpha starts: half of the memory is gone after ln 2 / alpha tokens
+    memory_layers: str = 'all'  # blocks that have a memory: 'all', 'none' or a list such as '0,2'
+    memory_stable: bool = True  # clip each token's error, bound each chunk's step: no divergence whatever the gates do
+
+    def __post_init__(self):
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+
+        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'chunk_len', 'memory_heads',
+                     'memory_expansion'):
+            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ('vocab_size', 'num_persist_mem', 'num_longterm_mem', 'memory_conv'):
+            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        need(self.arch in BLOCKS, f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
+        need(self.memory_gates in ('sigmoid', 'hard', 'fixed'),
+             f"memory_gates='{self.memory_gates}' is not one of sigmoid, hard, fixed")
+        need(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
+        need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4")
+        need(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        need(self.n_embd // self.n_head % 2 == 0,
+             f"n_embd={self.n_embd} / n_head={self.n_head} must be even, rotary positions turn pairs of channels")
+        need(self.n_embd % self.memory_heads == 0,
+             f"n_embd={self.n_embd} must be a multiple of memory_heads={self.memory_heads}")
+        need(self.segment_len % self.chunk_len == 0,
+             f"segment_len={self.segment_len} must be a multiple of chunk_len={self.chunk_len}")
+        for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
+            value, open_ends = getattr(self, name), self.memory_gates == 'sigmoid'
+            need(0 < value < 1 if open_ends else 0 <= value <= 1,
+                 f"{name}={value} must be {'in (0, 1)' if open_ends else 'in [0, 1]'} "
+                 f"with memory_gates='{self.memory_gates}'")
+        self.memory_blocks()
+
+    def memory_blocks(self):
+        """The indices of the blocks that have a memory. ValueError if memory_layers names others than the model has."""
+        if self.memory_layers in ('all', 'none'):
+            return range(self.n_layer) if self.memory_layers == 'all' and self.arch != 'gpt' else range(0)
+        try:
+            blocks = sorted({int(i) for i in self.memory_layers.split(',')})
+        except ValueError:
+            raise ValueError(f"memory_layers='{self.memory_layers}' must be 'all', 'none' or a list such as '0,2'") from None
+        if not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
+            raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
+        return blocks if self.arch != 'gpt' else range(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# state: everything a sequence carries from one call to the next. Nothing is ever written in place.
+
+
+class Pending(NamedTuple):
+    """The tokens of an open chunk, N of them: already read by, not yet folded into, the weights."""
+    inputs: tuple     # what each memory layer saw of the keys      (B, H, N, in) a layer
+    deltas: tuple     # what came back to its output side           (B, H, N, out) a layer
+    theta: torch.Tensor  # (B, H, N)
+    eta: torch.Tensor    # (B, H, N)
+    alpha: torch.Tensor  # (B, H, N)
+
+
+class MemoryState(NamedTuple):
+    weights: tuple    # M when the open chunk began                 (B, H, out, in) a layer
+    surprise: tuple   # S when the open chunk began                 as weights
+    pending: Pending
+    tail: torch.Tensor   # the convolution's last inputs            (B, memory_conv - 1, 3C)
+
+
+class KVCache(NamedTuple):
+    """Keys are kept unrotated: positions count from the oldest key in sight, so a stream never runs out of them."""
+    k: torch.Tensor   # (B, n_head, S, C / n_head)
+    v: torch.Tensor   # as k
+    pos: torch.Tensor  # where each key stands in the segment (mac) or window (gpt)   (S,)
+
+
+class BlockState(NamedTuple):
+    kv: KVCache
+    memory: MemoryState | None      # None: a block without memory
+    base: tuple                     # the weights this segment reads its context from: M when it began
+    tail: torch.Tensor | None       # the retrieval convolution's last inputs   (B, memory_conv - 1, C)
+    last: torch.Tensor | None       # last hidden state of the segment before   (B, 1, C)
+
+
+class TitansState(NamedTuple):
+    pos: int          # tokens read so far, the same for every row
+    blocks: tuple     # one BlockState a layer
+
+
+def map_state(fn, *states):
+    """Apply fn to the matching tensors of states (any of the NamedTuples above), keeping the structure."""
+    first = states[0]
+    if isinstance(first, torch.Tensor):
+        return fn(*states)
+    if isinstance(first, tuple):
+        items = [map_state(fn, *parts) for parts in zip(*states, strict=True)]
+        return type(first)(*items) if hasattr(first, '_fields') else tuple(items)
+    return first
+
+
+def detach_state(state):
+    """The same state, cut from the graph that made it: the trainer's truncated back-propagation through time."""
+    return map_state(torch.Tensor.detach, state)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# small parts
+
+
+def pieces(filled, T, size):
+    """Lengths that cut T tokens where units of `size` end, the first unit being `filled` already."""
+    first = min(size - filled, T)
+    return [first] + [size] * ((T - first) // size) + [(T - first) % size] * ((T - first) % size > 0)
+
+
+def visible(q_pos, k_pos, window=None):
+    """Which keys (S,) each query (T,) may see: none from its future, none `window` or more behind.   (T, S) bool"""
+    distance = q_pos[:, None] - k_pos[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def rotate(x, pos, base=10000.0):
+    """Rotary positions (Su et al., arXiv 2104.09864) for x (B, n_head, T, D) at pos (T,)."""
+    half = x.size(-1) // 2
+    angle_dtype = torch.promote_types(x.dtype, torch.float32)
+    freq = base ** (-torch.arange(half, device=x.device, dtype=angle_dtype) / half)
+    angle = pos.to(angle_dtype)[:, None] * freq  # (T, D/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def causal_conv(x, weight, tail):
+    """Depthwise causal convolution. x (B, T, C), weight (C, K), tail: the K-1 inputs before x. -> (B, T, C), new tail"""
+    K, T = weight.size(1), x.size(1)
+    x = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, C)
+    out = F.conv1d(x.mT, weight[:, None].to(x.dtype), groups=x.size(2)).mT  # (B, T, C)
+    return out, x[:, T:]
+
+
+def decay_products(x):
+    """x (..., N) in [0, 1] -> L (..., N+1, N+1), L[t, s] = product of x_j over s < j <= t, 0 above the diagonal.
+    An x of exactly 0 gets no gradient, as it would not from the clamp that put it there."""
+    # exp of a difference of sums of logs: no division, and a zero costs nothing but a very negative log
+    sums = F.pad(x.clamp_min(1e-30).log().cumsum(-1), (1, 0))
+    logs = sums[..., :, None] - sums[..., None, :]
+    future = torch.ones(logs.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    return logs.masked_fill(future, float('-inf')).exp()
+
+
+def gelu_slope(z):
+    """d gelu(z) / dz"""
+    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the long-term memory
+
+
+class NeuralMemory(nn.Module):
+    """
+    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)), g(z) = gelu(z) / sqrt(width),
+    written to by the update at the top of this file, in its closed form over a chunk.
+
+    With L(x)[t, s] = prod_{s < j <= t} x_j, a_i and d_i the input and output-side delta of token i in one layer (its
+    gradient is the outer product d_i a_i^T), and C = L(1 - alpha) L(eta) diag(theta), that form is
+        M_t r = beta_t M_0 r + F_t S_0 r - sum_{i <= t} C[t, i] (a_i . r) d_i
+    with beta and F the products that carry M_0 and S_0 to t. Every term is a matrix product, no token has weights of its
+    own, and autograd differentiates the whole. A chunk may arrive in pieces: `Pending` keeps a, d and the gates.
+    """
+
+    ERROR_CLIP = 2.0  # memory_stable: the largest |M(k) - v| that counts in full (a Huber loss)
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.head_dim = config.memory_heads, config.n_embd // config.memory_heads
+        self.chunk_len, self.kernel, self.stable = config.chunk_len, config.memory_conv, config.memory_stable
+        H, D, C = self.n_head, self.head_dim, config.n_embd
+        self.c_qkv = nn.Linear(C, 3 * C, bias=False)
+        self.conv = nn.Parameter(torch.empty(3 * C, self.kernel, 1)) if self.kernel else None  # 3-d: no weight decay
+        widths = [D] + [config.memory_expansion * D] * (config.memory_depth - 1) + [D]
+        self.initial = nn.ParameterList(torch.empty(H, o, i) for i, o in itertools.pairwise(widths))  # M_0
+        self.gates, self.start = config.memory_gates, (config.memory_lr, config.memory_momentum, config.memory_decay)
+        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, 3 * H)
+        self.norm = nn.Parameter(torch.empty(H, D, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """
+        c_qkv      N(0, 1/C)       |q|, |k| are normalised away; v has entries near 1
+        conv       the token itself, its neighbours N(0, 0.1)
+        initial    N(0, 1), last layer 0   |k| = 1 gives features of order 1; an empty memory reads 0
+        c_gates    weight 0, bias such that theta, eta, alpha start where the config says
+        norm       1
+        """
+        nn.init.normal_(self.c_qkv.weight, std=self.c_qkv.in_features ** -0.5)
+        if self.conv is not None:
+            nn.init.normal_(self.conv, std=0.1)
+            self.conv.data[:, -1] += 1
+        for layer in self.initial[:-1]:
+            nn.init.normal_(layer)
+        nn.init.zeros_(self.initial[-1])
+        nn.init.ones_(self.norm)
+        if self.c_gates is not None:
+            nn.init.zeros_(self.c_gates.weight)
+            nn.init.zeros_(self.c_gates.bias)
+            if self.gates == 'sigmoid':
+                start = torch.tensor(self.start).logit().repeat_interleave(self.n_head)
+                self.c_gates.bias.data.copy_(start)
+
+    def init_state(self, batch_size):
+        """A fresh memory: M_0, no surprise, nothing pending."""
+        weights = tuple(w.expand(batch_size, *w.shape) for w in self.initial)
+        return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), self.no_pending(batch_size),
+                           self.norm.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features))
+
+    def no_pending(self, batch_size):
+        def empty(*width):
+            return self.norm.new_empty(batch_size, self.n_head, 0, *width)
+        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial),
+                       empty(), empty(), empty())
+
+    # -- what depends on the input alone
+
+    def heads(self, x):
+        """(B, T, H * D) -> (B, H, T, D), in the memory's own precision: float32 at least, whatever autocast says."""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.norm.dtype)
+
+    def project(self, x, weight, conv, tail):
+        """x (B, T, C) -> its projection through conv and SiLU (B, T, out), and the conv's new tail"""
+        x = F.linear(x, weight)
+        if conv is not None:
+            x, tail = causal_conv(x, conv.squeeze(2), tail)
+        return F.silu(x), tail
+
+    def query(self, x, tail):
+        """The query of each token of x (B, T, C) alone. -> q (B, H, T, D), new tail (B, K-1, C)"""
+        C = x.size(2)
+        q, tail = self.project(x, self.c_qkv.weight[:C], None if self.conv is None else self.conv[:C], tail)
+        return F.normalize(self.heads(q), dim=-1), tail
+
+    def gate(self, x):
+        """theta, eta, alpha of each token of x (B, T, C).   3 of (B, H, T)"""
+        B, T, _ = x.shape
+        if self.c_gates is None:
+            return tuple(self.norm.new_full((B, self.n_head, T), s) for s in self.start)
+        z = self.c_gates(x).to(self.norm.dtype).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
+        if self.gates == 'sigmoid':
+            return z.sigmoid().unbind(1)
+        # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
+        return tuple((s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.start, z.unbind(1), strict=True))
+
+    # -- the memory MLP at given weights
+
+    def read(self, weights, q):
+        """M(q) for one M a sequence. q (B, H, T, D) -> (B, H, T, D)"""
+        for i, w in enumerate(weights):
+            q = q @ w.mT
+            if i < len(weights) - 1:
+                q = F.gelu(q) / math.sqrt(q.size(-1))
+        return q
+
+    def surprise(self, weights, k, v):
+        """Forward and backward of |M(k) - v|^2 for each token at `weights`: inputs a and deltas d of every layer."""
+        inputs, pre, a = [], [], k
+        for i, w in enumerate(weights):
+            inputs.append(a)
+            z = a @ w.mT  # (B, H, n, out)
+            pre.append(z)
+            if i < len(weights) - 1:
+                a = F.gelu(z) / math.sqrt(z.size(-1))
+        d = 2 * (z - v)
+        if self.stable:
+            limit = 2 * self.ERROR_CLIP
+            d = d * (limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(limit))
+        deltas = [d]
+        for w, z in zip(weights[:0:-1], pre[-2::-1], strict=True):
+            d = d @ w * gelu_slope(z) / math.sqrt(z.size(-1))  # (B, H, n, out of the layer below)
+            deltas.append(d)
+        return tuple(inputs), tuple(deltas[::-1])
+
+    def step_size(self, pending):
+        """
+        theta of the pending tokens; with memory_stable divided by max(1, 2 sum_{j <= i} theta_j / (1 - eta_j) |g_i . g_j|),
+        a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of
+        unit length), which keeps the whole step a contraction however alike the keys are.   (B, H, N)
+        """
+        if not self.stable:
+            return pending.theta
+        last = torch.linalg.vector_norm(pending.deltas[-1], dim=-1, keepdim=True).clamp_min(1e-6)
+        overlap = 0
+        for a, d in zip(pending.inputs, pending.deltas, strict=True):
+            if d is not pending.deltas[-1]:
+                a = a * (torch.linalg.vector_norm(d, dim=-1, keepdim=True) / last)
+            overlap = overlap + (a @ a.mT).abs()  # (B, H, N, N)
+        reach = overlap.tril() @ (pending.theta / (1 - pending.eta).clamp_min(1e-3))[..., None]  # (B, H, N, 1)
+        return pending.theta / (2 * reach.squeeze(-1)).clamp_min(1)
+
+    # -- writing
+
+    def products(self, pending, new):
+        """
+        All gate products of an open chunk, rows for its `new` last tokens: how M_0 (n, 1), S_0 (n, 1) and each token's
+        gradient (n, N) enter M_t, and the same for S_0 and gradients in S_N.
+        """
+        keep, momentum = decay_products(1 - pending.alpha), decay_products(pending.eta)  # (B, H, N+1, N+1)
+        keep = keep[..., -new:, :]
+        mixed = keep[..., 1:] @ momentum[..., 1:, :]  # (B, H, n, N+1)
+        step = self.step_size(pending)[..., None, :]  # (B, H, 1, N)
+        into_s = momentum[..., -1:, :]
+        return (keep[..., :1], mixed[..., :1], mixed[..., 1:] * step), (into_s[..., :1], into_s[..., 1:] * step)
+
+    def fold(self, state, into_m, into_s):
+        """M and S after the last pending token."""
+        (beta, carry, coef), (decay, s_coef) = into_m, into_s
+        beta, carry, coef = beta[..., -1:, :], carry[..., -1:, :], coef[..., -1:, :]
+        weights, surprise = [], []
+        for w, s, a, d in zip(state.weights, state.surprise, state.pending.inputs, state.pending.deltas, strict=True):
+            weights.append(beta * w + carry * s - (d.mT * coef) @ a)
+            surprise.append(decay * s - (d.mT * s_coef) @ a)
+        return tuple(weights), tuple(surprise)
+
+    def weights_now(self, state):
+        """M as the last token left it."""
+        if state.pending.theta.size(-1) == 0:
+            return state.weights
+        return self.fold(state, *self.products(state.pending, 1))[0]
+
+    def write(self, state, q, k, v, gates):
+        """Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state"""
+        n = k.size(2)
+        inputs, deltas = self.surprise(state.weights, k, v)
+        old = state.pending
+        if old.theta.size(-1):
+            join = [torch.cat(pair, dim=2) for pair in zip((*old.inputs, *old.deltas, *old[2:]),
+                                                           (*inputs, *deltas, *gates), strict=True)]
+            depth = len(inputs)
+            pending = Pending(tuple(join[:depth]), tuple(join[depth:2 * depth]), *join[2 * depth:])
+        else:
+            pending = Pending(inputs, deltas, *gates)
+        state = state._replace(pending=pending)
+        into_m, into_s = self.products(pending, n)
+        beta, carry, coef = into_m
+        y = q
+        for i, (w, s, a, d) in enumerate(zip(state.weights, state.surprise, *pending[:2], strict=True)):
+            y = beta * (y @ w.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
+            if i < len(state.weights) - 1:
+                y = F.gelu(y) / math.sqrt(y.size(-1))
+        if pending.theta.size(-1) == self.chunk_len:
+            weights, surprise = self.fold(state, into_m, into_s)
+            state = state._replace(weights=weights, surprise=surprise, pending=self.no_pending(k.size(0)))
+        return y, state
+
+    def output(self, y, dtype):
+        """Normalise what was read, head by head: an early memory is small but not worth less. -> (B, T, C)"""
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * self.norm.mT
+        return y.transpose(1, 2).flatten(2).to(dtype)
+
+    def forward(self, x, state=None, update_memory=True):
+        """
+        Write x (B, T, C), any T >= 1, and read after each token: y_t = M_t(q_t). -> out (B, T, C), state
+        update_memory=False reads the memory as it is and leaves it so.
+        """
+        if state is None:
+            state = self.init_state(x.size(0))
+        qkv, tail = self.project(x, self.c_qkv.weight, self.conv, state.tail)
+        gates = self.gate(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = self.heads(qkv).chunk(3, dim=1)  # (B, H, T, D)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            state = state._replace(tail=tail)
+            if not update_memory:
+                return self.output(self.read(self.weights_now(state), q), x.dtype), state
+            sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
+            for q, k, v, *gates in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
+                y, state = self.write(state, q, k, v, gates)
+                out.append(y)
+            return self.output(torch.cat(out, dim=2), x.dtype), state
+
+    def retrieve(self, x, state):
+        """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
+        q, _ = self.query(x, state.tail[..., :x.size(2)])
+        return self.recall(q, self.weights_now(state), x.dtype)
+
+    def recall(self, q, weights, dtype):
+        """Read queries (B, H, T, D) from given weights. -> (B, T, C)"""
+        with torch.autocast(q.device.type, enabled=False):
+            return self.output(self.read(weights, q), dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention and MLP, the same for every architecture
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; who sees whom is the caller's business."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def empty_cache(self, batch_size):
+        k = self.c_attn.weight.new_empty(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head)
+        return KVCache(k, k, torch.empty(0, dtype=torch.long, device=k.device))
+
+    def split(self, x):
+        return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, D)
+
+    def qkv(self, x):
+        return [self.split(part) for part in self.c_attn(x).chunk(3, dim=-1)]
+
+    def kv(self, x):
+        """Keys and values of tokens that ask nothing themselves (persistent, retrieved)."""
+        C = x.size(2)
+        bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
+        return [self.split(part) for part in F.linear(x, self.c_attn.weight[C:], bias).chunk(2, dim=-1)]
+
+    def forward(self, q, k, v, q_pos, k_pos, window=None):
+        """q (B, n_head, T, D) over k, v (B, n_head, S, D), at positions q_pos (T,) and k_pos (S,). -> (B, T, C)"""
+        mask = visible(q_pos, k_pos, window)
+        y = F.scaled_dot_product_attention(rotate(q, q_pos), rotate(k, k_pos), v, attn_mask=mask,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202), as wide as costs what a 4x GELU MLP costs."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = 8 * math.ceil(config.n_embd / 3)  # 8/3 n_embd, a multiple of 8
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        gate, x = self.c_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the architectures: one Block each. Block.forward(x, state, pos, update_memory) -> (x, state)
+
+
+class GPTBlock(nn.Module):
+    """The Transformer baseline: causal attention over the last block_size tokens, then an MLP."""
+
+    def __init__(self, config, has_memory):
+        super().__init__()
+        self.window = config.block_size
+        self.norm_1, self.norm_2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
+        self.attn, self.mlp, self.drop = Attention(config), MLP(config), nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size):
+        return BlockState(self.attn.empty_cache(batch_size), None, (), None, None)
+
+    def forward(self, x, state, pos, update_memory):
+        out, cache = [], state.kv
+        for q, k, v in zip(*(part.split(self.window, dim=2) for part in self.attn.qkv(self.norm_1(x))), strict=True):
+            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+            k_pos = torch.arange(k.size(2), device=x.device)
+            out.append(self.attn(q, k, v, k_pos[-q.size(2):], k_pos, self.window))
+            old = max(k.size(2) - self.window + 1, 0)  # out of sight for whatever comes next
+            cache = KVCache(k[:, :, old:], v[:, :, old:], k_pos[:k.size(2) - old])
+        x = x + self.drop(torch.cat(out, dim=1))
+        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=cache)
+
+
+MEMIN = lambda self, x, y: self.norm_y(x + y)
+GATE = lambda self, y, m: y + self.gate * m
+
+
+class MACBlock(nn.Module):
+    """
+    Memory as Context, segment by segment:
+        h = M(q(x)), M as the segment found it              what does the past say to this token?
+        y = Attn([P | h | x]), position t sees h_j, x_j for j <= t
+        M is written with y, and o_t = y_t (x) M_t(q(y_t))   (x): a gate
+    Residual, then the MLP.
+    """
+
+    def __init__(self, config, has_memory):
+        super().__init__()
+        C = config.n_embd
+        self.segment_len, self.num_longterm = config.segment_len, config.num_longterm_mem if has_memory else 0
+        self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
+        self.attn, self.mlp, self.drop = Attention(config), MLP(config), nn.Dropout(config.dropout)
+        self.persist = nn.Parameter(torch.randn(1, config.num_persist_mem, C)) if config.num_persist_mem else None
+        self.memory = NeuralMemory(config) if has_memory else None
+        if has_memory:
+            self.norm_y = RMSNorm(C)
+            self.gate = nn.Parameter(torch.full((C,), 0.1))
+        if self.num_longterm:
+            self.questions = nn.Parameter(torch.randn(1, self.num_longterm, C))  # asked of the memory in every segment
+            self.c_last = nn.Linear(C, C, bias=False)
+
+    def init_state(self, batch_size):
+        kv = self.attn.empty_cache(batch_size)
+        if self.memory is None:
+            return BlockState(kv, None, (), None, None)
+        memory = self.memory.init_state(batch_size)
+        C = self.norm_1.weight.size(0)
+        return BlockState(kv, memory, memory.weights, memory.tail[..., :C], memory.tail.new_zeros(batch_size, 1, C))
+
+    def forward(self, x, state, pos, update_memory):
+        """TRIAL"""
+        B, T, _ = x.shape
+        u = self.norm_1(x)
+        q, k, v = self.attn.qkv(u)  # of the whole call; only what depends on the memory goes segment by segment
+        persist = [] if self.persist is None else [p.expand(B, -1, -1, -1) for p in self.attn.kv(self.persist)]
+        if self.memory is not None and not self.num_longterm:
+            asked, tail = self.memory.query(u, state.tail)
+            state = state._replace(tail=tail)
+        sizes, out, here = pieces(pos % self.segment_len, T, self.segment_len), [], pos % self.segment_len
+        asked = asked.split(sizes, dim=2) if self.memory is not None and not self.num_longterm else [None] * len(sizes)
+        for n, x_, u_, q, k, v, ask in zip(sizes, x.split(sizes, 1), u.split(sizes, 1), q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), asked):
+            q_pos = torch.arange(here, here + n, device=x.device)
+            keys, values, k_pos = [state.kv.k.to(k.dtype)], [state.kv.v.to(v.dtype)], [state.kv.pos]
+            if here == 0 and self.memory is not None:
+                state = state._replace(base=self.memory.weights_now(state.memory))
+            retrieved = None
+            if self.num_longterm and here == 0:
+                ask = self.questions + self.c_last(state.last.to(u.dtype))
+                context, _ = self.memory.query(ask, state.tail * 0)
+                retrieved = self.memory.recall(context, state.base, x.dtype)
+                k_pos.append(q_pos.new_zeros(self.num_longterm))
+            elif self.memory is not None and not self.num_longterm:
+                retrieved = self.memory.recall(ask, state.base, x.dtype)
+                k_pos.append(q_pos)
+            if retrieved is not None:
+                for parts, part in zip((keys, values), self.attn.kv(retrieved), strict=True):
+                    parts.append(part)
+            kv = KVCache(torch.cat((*keys, k), dim=2), torch.cat((*values, v), dim=2),
+                         torch.cat((*k_pos, q_pos)))
+            seen = kv
+            if persist:
+                seen = KVCache(torch.cat((persist[0], kv.k), 2), torch.cat((persist[1], kv.v), 2),
+                               F.pad(kv.pos, (self.persist.size(1), 0)))
+            y = self.attn(q, *seen[:2], q_pos, seen.pos)  # (B, n, C)
+            if self.memory is not None:
+                m, memory = self.memory(MEMIN(self, x_, y), state.memory, update_memory)
+                y = GATE(self, y, m)
+                state = state._replace(memory=memory)
+            out.append(y)
+            here += n
+            if here == self.segment_len:
+                kv = KVCache(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[:0])
+                here = 0
+                state = state._replace(last=u_[:, -1:] if self.num_longterm else state.last)
+            state = state._replace(kv=kv)
+        x = x + self.drop(torch.cat(out, dim=1))
+        return x + self.drop(self.mlp(self.norm_2(x))), state
+
+
+BLOCKS = {'mac': MACBlock, 'gpt': GPTBlock}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class TitansGPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("vocab_size=0: a model needs the size of its vocabulary")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        has_memory = config.memory_blocks()
+        self.blocks = nn.ModuleList(BLOCKS[config.arch](config, i in has_memory) for i in range(config.n_layer))
+        self.norm_f = RMSNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        Linear, wte          N(0, 0.02), bias 0          as GPT-2
+        */c_proj             N(0, 0.02 / sqrt(2 n_layer))  the residual stream keeps its size with depth
+        memory               NeuralMemory.reset_parameters
+        RMSNorm 1, gate 0.1, persist and questions N(0, 1), what a normed token looks like
+        """
+        memories = {id(m) for block in self.blocks if getattr(block, 'memory', None) for m in block.memory.modules()}
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in memories:
+                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith('c_proj') else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+                if getattr(module, 'bias', None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def init_state(self, batch_size):
+        return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))
+
+    def forward(self, idx, targets=None, state=None, update_memory=True):
+        """
+        idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
+        mean cross-entropy in nats; without: logits of the last position (B, 1, vocab) and None.
+        state=None starts afresh; the state returned goes on from here. update_memory=False freezes the long-term memory.
+        """
+        if state is None:
+            state = self.init_state(idx.size(0))
+        x, blocks = self.drop(self.wte(idx)), []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x, block_state = block(x, block_state, state.pos, update_memory)
+            blocks.append(block_state)
+        state = TitansState(state.pos + idx.size(1), tuple(blocks))
+        x = self.norm_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None, state
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss, state
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+               state=None, update_memory=True):
+        """
+        Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T >= 1), one at a time; *return* the state in which the
+        prompt and all of them have been read exactly once, to pass on as `state` (`state = yield from model.stream(...)`).
+        The prompt is read once, then a token costs the same however long the context is. temperature=0 is greedy.
+        top_k keeps the k likeliest, top_p (nucleus, arXiv 1904.09751) the fewest that make up p, min_p (arXiv 2407.01082)
+        those at least min_p times as likely as the likeliest; repetition_penalty (arXiv 1909.05858) > 1 makes the tokens of
+        prompt and continuation less likely. Put the model in eval() first.
+        """
+        if idx.size(1) < 1:
+            raise ValueError("the prompt is empty: generation needs at least one token to go on from")
+        for piece in idx.split(self.config.block_size, dim=1):  # a long prompt needs no more memory than a training step
+            logits, _, state = self(piece, state=state, update_memory=update_memory)
+        seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
+        for _ in range(max_new_tokens):
+            token = sample(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
+            seen = seen.scatter(1, token, True)
+            yield token
+            logits, _, state = self(token, state=state, update_memory=update_memory)
+        return state
+
+    def generate(self, idx, max_new_tokens, **options):
+        """The prompt idx (B, T) and its continuation (B, T + max_new_tokens); options as for stream()."""
+        tokens = itertools.islice(self.stream(idx, max_new_tokens, **options), max_new_tokens)
+        return torch.cat((idx, *tokens), dim=1)
+
+    def parameter_groups(self, weight_decay):
+        """For the outer optimizer: matrices decay; gains, biases, convolutions, tokens and the initial memory do not."""
+        params = list(self.parameters())
+        return [{'params': [p for p in params if p.dim() == 2], 'weight_decay': weight_decay},
+                {'params': [p for p in params if p.dim() != 2], 'weight_decay': 0.0}]
+
+
+def sample(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+    """One token a row from logits (B, vocab); seen (B, vocab) marks what the repetition penalty bears on. -> (B, 1)"""
+    if repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    if min_p:
+        floor = logits.max(-1, keepdim=True).values + math.log(min_p)
+        logits = logits.masked_fill(logits < floor, float('-inf'))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; the likeliest always stays
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float('-inf'))
+    return torch.multinomial(logits.softmax(-1), 1)

@@ -1,0 +1,82 @@
+"""The closed chunk form against the token-by-token loop, and NeuralMemory on its own."""
+import math
+
+import pytest
+import torch
+from reference import recurrence
+
+from model import NeuralMemory, TitansConfig
+
+B, H, D = 2, 2, 6
+
+
+def memory(chunk_len=4, **options):
+    config = TitansConfig(n_layer=1, n_head=2, n_embd=H * D * 2, memory_heads=2 * H, segment_len=chunk_len * 2,
+                          chunk_len=chunk_len, **options)
+    config.n_embd, config.memory_heads = H * D, H
+    torch.manual_seed(0)
+    module = NeuralMemory(config).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return module
+
+
+def gates_at(where, T):
+    """theta, eta, alpha (B, H, T): anywhere, or driven towards one of their ends."""
+    def between(low, high):
+        return low + (high - low) * torch.rand(B, H, T, dtype=torch.float64)
+
+    return {'anywhere': (between(0, .3), between(0, 1), between(0, 1)),
+            'near 0': (between(1e-12, 1e-9), between(1e-12, 1e-9), between(1e-12, 1e-9)),
+            'near 1': (between(.9, 1), between(.99, 1 - 1e-9), between(.99, 1 - 1e-9)),
+            'keep all': (between(.1, .5), between(.9, 1 - 1e-9), between(0, 1e-12)),
+            'exactly 0 and 1': (between(0, .3), between(0, 1).round(), between(0, 1).round())}[where]
+
+
+@pytest.mark.parametrize('stable', [True, False])
+@pytest.mark.parametrize('gates', ['anywhere', 'near 0', 'near 1', 'keep all', 'exactly 0 and 1'])
+@pytest.mark.parametrize('depth, chunk_len, lengths', [
+    (1, 1, (5,)), (1, 4, (12,)), (1, 4, (3, 6, 4)), (1, 7, (5, 1, 1, 10)),
+    (2, 1, (4,)), (2, 4, (11,)), (2, 5, (1, 1, 7, 4)), (3, 4, (12,)), (3, 3, (2, 6)), (4, 4, (6,))])
+def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
+    """Outputs, state and outer gradients, to 1e-9 in float64; several calls that carry state cover open chunks."""
+    module = memory(chunk_len, memory_depth=depth, memory_stable=stable)
+    T = sum(lengths)
+    torch.manual_seed(1)
+    q, k = (torch.nn.functional.normalize(torch.randn(B, H, T, D, dtype=torch.float64), dim=-1) for _ in range(2))
+    v = 2 * torch.randn(B, H, T, D, dtype=torch.float64)
+    if not stable:
+        k, v = k * 0.3, v * 0.3  # without the stabiliser a chunk of strong gates diverges in both forms alike
+    leaves = [x.requires_grad_(x.dim() > 3 or gates != 'exactly 0 and 1') for x in (q, k, v, *gates_at(gates, T), *(torch.randn(B, *w.shape).double() * 0.5
+                                                                          for w in module.initial))]
+    q, k, v, theta, eta, alpha, *surprise = leaves
+    leaves += module.initial
+
+    state = module.init_state(B)._replace(surprise=tuple(surprise))
+    weights = state.weights
+    y = []
+    for parts in zip(*(x.split(lengths, dim=2) for x in leaves[:6]), strict=True):
+        for q_, k_, v_, *g_ in zip(*(cut(module, state, x) for x in parts), strict=True):
+            out, state = module.write(state, q_, k_, v_, g_)
+            y.append(out)
+    got = (torch.cat(y, dim=2), *module.weights_now(state))
+    clip = NeuralMemory.ERROR_CLIP if stable else math.inf
+    out, weights, surprise = recurrence(weights, tuple(surprise), q, k, v, theta, eta, alpha, chunk_len, clip, stable)
+    want = (out, *weights)
+    if T % chunk_len == 0:
+        got, want = (*got, *state.surprise), (*want, *surprise)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    mix = [torch.randn_like(x) for x in want]
+    leaves = [x for x in leaves if x.requires_grad]  # a gate that sits on its end gets no gradient, by definition
+    grads = [torch.autograd.grad(sum((x * m).sum() for x, m in zip(xs, mix, strict=True)), leaves, allow_unused=True,
+                                 materialize_grads=True) for xs in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1, b.abs().max().item()))
+
+
+def cut(module, state, x):
+    """Split x (B, H, T, ...) where the chunks end that begin with what `state` has pending."""
+    from model import pieces
+    return x.split(pieces(state.pending.theta.size(-1), x.size(2), module.chunk_len), dim=2)
