@@ -1,0 +1,64 @@
+"""
+Draw the loss curves of one run or several, from their log.jsonl: in the terminal, and into loss.png of the first.
+
+    python plot.py out/stdlib_cpu [out/another ...]
+"""
+import json
+import os
+import sys
+
+import configurator
+from configurator import UserError
+
+
+def read(out_dir):
+    """-> {'loss': (steps, values), 'val_loss': (steps, values)}"""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        with open(path, encoding='utf-8') as f:
+            rows = [json.loads(line) for line in f]
+        curves = {key: ([r['step'] for r in rows if key in r], [r[key] for r in rows if key in r])
+                  for key in ('loss', 'val_loss')}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the out_dir of a run") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not the log of a run") from None
+    if not curves['val_loss'][0]:
+        raise UserError(f"{path}: nothing has been logged yet")
+    return curves
+
+
+def main(argv):
+    if not argv or argv[0].startswith('-'):
+        raise UserError("give the out_dir of at least one run" if '--help' not in argv else __doc__.strip())
+    curves = {out_dir: read(out_dir) for out_dir in argv}
+    try:
+        import matplotlib
+        import plotext
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UserError(f"plot.py needs {error.name}: pip install 'nanotitans[plots]'") from None
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    plotext.plotsize(90, 18)
+    plotext.theme('clear')
+    for out_dir, curve in curves.items():
+        name = os.path.basename(out_dir.rstrip('/'))
+        line, = axes.plot(*curve['val_loss'], marker='o', markersize=3, label=f'{name} (validation)')
+        axes.plot(*curve['loss'], color=line.get_color(), alpha=0.3, linewidth=1)
+        plotext.plot(*curve['val_loss'], label=f'{name} (validation)', marker='braille')
+    axes.set(xlabel='step', ylabel='loss (nats per token)')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = os.path.join(argv[0], 'loss.png')
+    figure.savefig(path, dpi=150)
+    plotext.xlabel('step')
+    plotext.show()
+    for out_dir, curve in curves.items():
+        print(f"{out_dir}: last validation loss {curve['val_loss'][1][-1]:.4f}, best {min(curve['val_loss'][1]):.4f}")
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(configurator.run(main))

@@ -1,0 +1,174 @@
+"""
+Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
+
+    python prepare.py stdlib               the Python standard library on this machine, bytes, needs no network
+    python prepare.py shakespeare_char     Tiny Shakespeare, characters
+    python prepare.py shakespeare          Tiny Shakespeare, GPT-2 BPE                (extra: tiktoken)
+    python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
+    python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
+
+--source=PATH takes a file already on disk instead of a download.
+"""
+import hashlib
+import os
+import sysconfig
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from configurator import UserError, load, run
+from dataset import Tokenizer, Writer
+
+SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+@dataclass
+class PrepareConfig:
+    data_dir: str = 'data'
+    source: str = ''        # a file already on disk, instead of the download
+    train_path: str = ''    # text: the training file
+    val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
+    tokenizer: Literal['byte', 'char', 'gpt2'] = 'byte'  # text
+    num_proc: int = 0       # openwebtext: processes; 0 = one per core
+
+
+def download(url, path, sha256=''):
+    """url -> path, through a temporary file that is renamed once complete and right. UserError if that cannot be."""
+    if os.path.exists(path):
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = path + '.partial'
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(partial, 'wb') as f:
+            total = int(response.headers.get('Content-Length') or 0)
+            with tqdm(total=total or None, unit='B', unit_scale=True, desc=os.path.basename(path)) as bar:
+                while block := response.read(1 << 16):
+                    f.write(block)
+                    bar.update(len(block))
+        if total and os.path.getsize(partial) != total:
+            raise UserError(f"{url}: the download broke off; try again, or give the file with --source=PATH")
+        verify(partial, sha256)
+        os.replace(partial, path)
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(f"{url}: {getattr(error, 'reason', error)}; without network give the file with "
+                        "--source=PATH") from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+    return path
+
+
+def verify(path, sha256):
+    if sha256 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
+        raise UserError(f"{path}: the checksum differs from the known one; this is not the file it should be")
+
+
+def read_text(path, what):
+    if not path:
+        raise UserError(f"{what} is missing; give it as --{what}=FILE")
+    try:
+        return Path(path).read_bytes().decode('utf-8')
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def write_texts(name, config, kind, train, val):
+    spec = {'kind': kind}
+    if kind == 'char':
+        spec['chars'] = ''.join(sorted(set(train) | set(val)))
+        if len(spec['chars']) > 65536:
+            raise UserError(f"{len(spec['chars'])} different characters do not fit a char tokenizer; use --tokenizer=byte")
+    tokenizer = Tokenizer(spec)
+    with Writer(config.data_dir, name, tokenizer) as writer:
+        for split, text in ('train', train), ('val', val):
+            for at in range(0, len(text), 1 << 20) if kind != 'gpt2' else [0]:  # BPE merges must not meet a cut
+                writer.add(split, tokenizer.encode(text[at:at + (1 << 20)] if kind != 'gpt2' else text))
+
+
+def stdlib(config):
+    """Every module of the standard library but its tests, a zero byte after each; one file in ten is for validation."""
+    root = Path(config.source or sysconfig.get_paths()['stdlib'])
+    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
+    paths = sorted((p for p in root.rglob('*.py') if not left_out & set(p.relative_to(root).parts)
+                    and not p.name.startswith('_sysconfigdata') and 'config-' not in p.relative_to(root).parts[0]),
+                   key=lambda p: p.relative_to(root).as_posix())
+    if not paths:
+        raise UserError(f"{root}: no Python source here; give a folder with --source=PATH")
+    with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'})) as writer:
+        for path in tqdm(paths, desc='stdlib', unit='file'):
+            name = path.relative_to(root).as_posix()
+            split = 'val' if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else 'train'
+            writer.add(split, list(path.read_bytes() + b'\0'))
+
+
+def shakespeare_text(config):
+    if config.source:
+        return read_text(config.source, 'source')
+    return read_text(download(SHAKESPEARE, os.path.join(config.data_dir, 'downloads', 'tinyshakespeare.txt'),
+                              SHAKESPEARE_SHA256), 'source')
+
+
+def shakespeare_char(config):
+    text = shakespeare_text(config)
+    cut = int(len(text) * 0.9)
+    write_texts('shakespeare_char', config, 'char', text[:cut], text[cut:])
+
+
+def shakespeare(config):
+    text = shakespeare_text(config)
+    cut = int(len(text) * 0.9)
+    write_texts('shakespeare', config, 'gpt2', text[:cut], text[cut:])
+
+
+def text(config):
+    train = read_text(config.train_path, 'train_path')
+    cut = int(len(train) * 0.9)
+    train, val = (train, read_text(config.val_path, 'val_path')) if config.val_path else (train[:cut], train[cut:])
+    write_texts('text', config, config.tokenizer, train, val)
+
+
+def encode_document(document):
+    tokenizer = Tokenizer({'kind': 'gpt2'})
+    return {'ids': [*tokenizer.encode(document['text']), tokenizer.bpe.eot_token]}
+
+
+def openwebtext(config):
+    """Documents end with <|endoftext|>; one in 2,000 is for validation, as in nanoGPT."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError("openwebtext needs the datasets library: pip install 'nanotitans[datasets,tiktoken]'") from None
+    from multiprocessing import Pool
+    tokenizer = Tokenizer({'kind': 'gpt2'})
+    try:
+        documents = load_dataset('Skylion007/openwebtext', split='train', streaming=True)
+        with Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool:
+            encoded = pool.imap(encode_document, documents, chunksize=64)
+            for i, document in enumerate(tqdm(encoded, desc='openwebtext', unit='doc', total=8013769)):
+                writer.add('val' if i % 2000 == 0 else 'train', document['ids'])
+    except (ConnectionError, OSError) as error:
+        raise UserError(f"openwebtext: {str(error).splitlines()[0] if str(error) else type(error).__name__}; it has to be "
+                        "downloaded, check the network") from None
+
+
+CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text)}
+
+
+def main(argv):
+    names = [a for a in argv if not a.startswith('-')]
+    config = load(PrepareConfig, [a for a in argv if a.startswith('-')], __doc__)
+    if len(names) != 1 or names[0] not in CORPORA:
+        raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
+                        + (f", not {' '.join(names)}" if names else ""))
+    CORPORA[names[0]](config)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,276 @@
+"""What a user types, and what comes back: one clear line for every mistake, and nothing half-written."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import prepare
+import sample
+import train
+from configurator import UserError
+from dataset import Dataset, Tokenizer
+
+HERE = Path(__file__).resolve().parent.parent
+TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(300))
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--block_size=16', '--segment_len=8', '--chunk_len=4',
+        '--batch_size=2', '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--device=cpu']
+
+
+@pytest.fixture()
+def place(tmp_path, monkeypatch):
+    """A folder with a prepared data set 'text' (characters) and nothing else, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.txt').write_text(TEXT)
+    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    return tmp_path
+
+
+@pytest.fixture()
+def trained(place):
+    assert train.main(['--dataset=text', *TINY]) == 0
+    return place
+
+
+def refused(main, *argv):
+    with pytest.raises(UserError) as error:
+        main(list(argv))
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+# -- configuration
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--learning_rat=1', ("unknown option 'learning_rat'", "did you mean 'learning_rate'?")),
+    ('--zzz=1', ("unknown option 'zzz'", '--help')),
+    ('--n_layer=six', ('n_layer must be a value of type int', "'six'")),
+    ('--n_layer=2.5', ('n_layer', 'int')),
+    ('--learning_rate=fast', ('learning_rate', 'float')),
+    ('--compile=maybe', ('compile must be True or False',)),
+    ('--arch=rnn', ('arch must be one of', "'mac'")),
+    ('--n_embd', ('needs a value', '--n_embd=VALUE')),
+    ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
+    ('--batch_size=0', ('batch_size=0',)),
+    ('--reset_prob=2', ('reset_prob=2.0',)),
+    ('config/no_such.py', ('config/no_such.py: no such config file',)),
+])
+def test_a_wrong_flag_gets_one_line(flag, words):
+    message = refused(train.main, flag)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('source, words', [
+    ('learning_rat = 1', ("unknown option 'learning_rat'", "did you mean 'learning_rate'?")),
+    ('n_layer = "six"', ('n_layer must be a value of type int', "'six'")),
+    ('compile = 1', ('compile must be a value of type bool',)),
+    ('n_layer = 1 +', ('line 1', 'SyntaxError')),
+    ('\nn_layer = 1 / 0', ('line 2', 'ZeroDivisionError')),
+])
+def test_a_wrong_config_file_gets_one_line(tmp_path, source, words):
+    path = tmp_path / 'c.py'
+    path.write_text(source)
+    message = refused(train.main, str(path))
+    assert str(path) in message and all(word in message for word in words), message
+
+
+def test_precedence_and_types(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text("n_layer = 3\nlearning_rate = 1\n_hidden = 'no option'\nout_dir = 'a=b'\n")
+    config = configurator.load(train.TrainConfig, ['--n_layer=4', str(path), '--wandb_run_name=x=y', '--compile'])
+    assert (config.n_layer, config.learning_rate, config.out_dir) == (4, 1.0, 'a=b')
+    assert (config.wandb_run_name, config.compile, config.n_head) == ('x=y', True, train.TrainConfig.n_head)
+
+
+@pytest.mark.parametrize('path', sorted((HERE / 'config').glob('*.py')), ids=lambda p: p.name)
+def test_every_config_file_loads(path):
+    configurator.load(train.TrainConfig, [str(path)])
+
+
+def test_print_config_and_help_exit_zero(capsys):
+    for flag, words in ('--print_config', "arch = 'mac'"), ('--help', '--learning_rate='):
+        with pytest.raises(SystemExit) as end:
+            train.main([flag])
+        assert not end.value.code and words in capsys.readouterr().out
+
+
+def test_a_script_prints_the_line_and_fails():
+    for script in ('train.py', 'sample.py', 'prepare.py'):
+        done = subprocess.run([sys.executable, script, '--learning_rat=1'], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count('\n') == 1 and done.stderr.startswith(f"{script}: ")
+        assert 'Traceback' not in done.stderr
+
+
+# -- data
+
+
+def test_prepare_text_and_decode(place):
+    data = Dataset('data', 'text')
+    tokenizer = Tokenizer(data.tokenizer)
+    cut = int(len(TEXT) * 0.9)
+    assert data.tokens == {'train': cut, 'val': len(TEXT) - cut}
+    assert tokenizer.decode(data.read('train', [0], cut)[0]) == TEXT[:cut]
+    assert sorted(os.listdir('data')) == ['text'] and sorted(os.listdir('data/text')) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_prepare_stdlib_is_deterministic(tmp_path, monkeypatch):
+    for name in ('one', 'two'):
+        prepare.main(['stdlib', f'--data_dir={tmp_path / name}'])
+    one, two = (Dataset(str(tmp_path / name), 'stdlib') for name in ('one', 'two'))
+    assert one.meta == two.meta and sum(one.tokens.values()) > 10e6 and one.tokens['val'] > 5e5
+
+
+@pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR with the GPT-2 files is not set')
+def test_prepare_gpt2_text(place):
+    pytest.importorskip('tiktoken')
+    prepare.main(['text', '--train_path=a.txt', '--val_path=a.txt', '--tokenizer=gpt2'])
+    data = Dataset('data', 'text')
+    assert data.vocab_size == 50257 and data.dtype == 'uint16'
+    assert Tokenizer(data.tokenizer).decode(data.read('val', [0], data.tokens['val'])[0]) == TEXT
+
+
+def test_tokenizers_stream_whole_characters():
+    tokenizer = Tokenizer({'kind': 'byte'})
+    parts = list(tokenizer.decode_stream('aé€'.encode()))
+    assert ''.join(parts) == 'aé€' and '\ufffd' not in parts
+    assert tokenizer.decode([0xe2, 0x82]) == '\ufffd'
+
+
+@pytest.mark.parametrize('argv, words', [
+    ((), ('say which data set', 'stdlib')),
+    (('stdlb',), ('stdlb', 'stdlib')),
+    (('text',), ('train_path is missing', '--train_path=FILE')),
+    (('text', '--train_path=none.txt'), ('none.txt', 'No such file')),
+    (('text', '--train_path=binary'), ('binary: not UTF-8 text',)),
+    (('text', '--train_path=empty'), ('are not enough',)),
+    (('shakespeare_char', '--source=none.txt'), ('none.txt',)),
+    (('stdlib', '--source=empty_folder'), ('no Python source',)),
+    (('text', '--train_path=a.txt', '--tokenizer=words'), ('tokenizer must be one of',)),
+])
+def test_prepare_refuses(place, argv, words):
+    (place / 'binary').write_bytes(b'\xff\xfe\x00')
+    (place / 'empty').write_bytes(b'')
+    (place / 'empty_folder').mkdir()
+    before = (place / 'data/text/train.bin').read_bytes()
+    message = refused(prepare.main, *argv)
+    assert all(word in message for word in words), message
+    assert os.listdir('data') == ['text'] and (place / 'data/text/train.bin').read_bytes() == before
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, 'SHAKESPEARE', 'http://127.0.0.1:9/none.txt')
+    message = refused(prepare.main, 'shakespeare_char', f'--data_dir={tmp_path}')
+    assert 'refused' in message and '--source=PATH' in message
+    assert os.listdir(tmp_path / 'downloads') == []
+
+
+def test_a_wrong_download_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('not Shakespeare')
+    with pytest.raises(UserError, match='checksum'):
+        prepare.download(f'file://{tmp_path}/file', str(tmp_path / 'd' / 'copy'), prepare.SHAKESPEARE_SHA256)
+    assert os.listdir(tmp_path / 'd') == []
+    assert prepare.download(f'file://{tmp_path}/file', str(tmp_path / 'd' / 'copy')) == str(tmp_path / 'd' / 'copy')
+
+
+def damage(name):
+    path = Path('data/text')
+    if name == 'truncated':
+        (path / 'train.bin').write_bytes((path / 'train.bin').read_bytes()[:-5])
+    elif name == 'missing':
+        (path / 'val.bin').unlink()
+    elif name == 'beyond':
+        (path / 'train.bin').write_bytes(b'\xff' * (path / 'train.bin').stat().st_size)
+    elif name == 'meta':
+        (path / 'meta.json').write_text('{"dtype":')
+    else:
+        meta = json.loads((path / 'meta.json').read_text())
+        (path / 'meta.json').write_text(json.dumps({**meta, 'dtype': 'uint16'}))
+
+
+@pytest.mark.parametrize('name, words', [('truncated', 'bytes where meta.json says'), ('missing', 'is missing where'),
+                                         ('beyond', 'token id 255, beyond its vocabulary'), ('meta', 'meta.json is damaged'),
+                                         ('dtype', 'bytes where meta.json says')])
+def test_damaged_data_is_refused(place, name, words):
+    damage(name)
+    message = refused(train.main, '--dataset=text', *TINY)
+    assert words in message and 'python prepare.py text' in message
+
+
+def test_unprepared_and_short_data(place):
+    assert 'run: python prepare.py nothing' in refused(train.main, '--dataset=nothing', *TINY)
+    assert 'fewer than block_size' in refused(train.main, '--dataset=text', *TINY, '--block_size=4096')
+    assert 'vocab_size=3 is smaller' in refused(train.main, '--dataset=text', *TINY, '--vocab_size=3')
+
+
+# -- checkpoints and samples
+
+
+def test_sample_streams_and_is_seeded(trained, capsys):
+    outs = []
+    for seed in (1, 1, 2):
+        assert sample.main(['--prompt=def f', '--max_new_tokens=40', f'--seed={seed}', '--num_samples=2']) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+    assert outs[0].count('def f') >= 2 and len(outs[0]) > 80
+
+
+def test_sample_reads_files_and_stdin(trained):
+    Path('p.txt').write_text('def f3(x)')
+    argv = [sys.executable, str(HERE / 'sample.py'), '--max_new_tokens=5', '--device=cpu']
+    outs = [subprocess.run([*argv, f'--prompt={prompt}'], input='def f3(x)', capture_output=True, text=True).stdout
+            for prompt in ('FILE:p.txt', '-', 'def f3(x)')]
+    assert outs[0] == outs[1] == outs[2] and outs[0].startswith('def f3(x)')
+
+
+def test_interactive_carries_the_state(trained):
+    done = subprocess.run([sys.executable, str(HERE / 'sample.py'), '--interactive', '--max_new_tokens=5', '--device=cpu'],
+                          input='def f\nreturn\n', capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('> ') == 3 and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('argv, words', [
+    (('--prompt=',), ('the prompt is empty',)),
+    (('--prompt=def\u00e9',), ("lacks '\u00e9'", 'character 4')),
+    (('--prompt=FILE:none',), ('none: No such file',)),
+    (('--out_dir=none',), ('no such checkpoint', '--out_dir=')),
+    (('--temperature=-1',), ('temperature=-1.0',)),
+    (('--top_p=0',), ('top_p=0.0',)),
+])
+def test_sample_refuses(trained, argv, words):
+    message = refused(sample.main, *argv)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('keep', [0, 10, 2000, -1])
+def test_truncated_checkpoint_is_refused(trained, keep):
+    path = Path('out/ckpt.pt')
+    path.write_bytes(path.read_bytes()[:keep])
+    for main, argv in (sample.main, ()), (train.main, ('--dataset=text', *TINY, '--init_from=resume')):
+        assert 'not a readable checkpoint' in refused(main, *argv)
+
+
+def test_foreign_checkpoints_are_refused(trained):
+    path = 'out/ckpt.pt'
+    message = refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--n_embd=32')
+    assert 'another architecture' in message and 'n_embd=16 there, 32 asked for' in message
+    content = checkpoint.load(path)
+    checkpoint.save(path, content | {'model_config': content['model_config'] | {'n_layer': 2}})
+    assert 'do not fit the configuration' in refused(sample.main)
+    torch.save({'weights': torch.zeros(3)}, path)
+    assert 'not a checkpoint of this version' in refused(sample.main)
+    assert 'no such checkpoint' in refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--out_dir=new')
+
+
+def test_resume_refuses_other_data_and_rows(place):
+    assert train.main(['--dataset=text', *TINY, '--carry_state']) == 0
+    assert 'give the values it was trained with' in refused(
+        train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume', '--batch_size=3')
+    Path('b.txt').write_text(TEXT[::-1])
+    prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])
+    assert 'other data' in refused(train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume')

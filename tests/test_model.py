@@ -1,0 +1,249 @@
+"""What every architecture promises: exact, causal, cut anywhere, honest in generation."""
+import math
+
+import pytest
+import torch
+
+from model import TitansConfig, TitansGPT, detach_state, map_state
+
+SEGMENT, CHUNK = 8, 4
+VARIANTS = {
+    'gpt': {'arch': 'gpt', 'block_size': 12},
+    'mac': {},
+    'mac deep': {'memory_depth': 2, 'memory_gates': 'hard', 'bias': True},
+    'mac one chunk': {'chunk_len': SEGMENT, 'memory_conv': 0, 'memory_gates': 'fixed'},
+    'mac long-term tokens': {'num_longterm_mem': 3, 'memory_layers': '1', 'num_persist_mem': 0},
+    'mac no memory': {'memory_layers': 'none'},
+}
+
+
+def build(variant='mac', dtype=torch.float64, shake=0.1, **options):
+    """A small model, its parameters shaken so that no zero-initialised path can hide anything."""
+    options = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'memory_heads': 2, 'block_size': 4 * SEGMENT, 'vocab_size': 17,
+               'segment_len': SEGMENT, 'chunk_len': CHUNK, 'num_persist_mem': 2} | VARIANTS[variant] | options
+    torch.manual_seed(0)
+    model = TitansGPT(TitansConfig(**options)).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += shake * torch.randn_like(p)
+    return model
+
+
+def tokens(batch, length, seed=1):
+    return torch.randint(17, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def all_logits(model, idx, **options):
+    return model(idx, torch.zeros_like(idx), **options)[0]
+
+
+def tensors(state):
+    found = []
+    map_state(lambda x: found.append(x) or x, state)
+    return found
+
+
+every_variant = pytest.mark.parametrize('variant', VARIANTS)
+
+
+@every_variant
+def test_no_token_sees_its_future(variant):
+    """Changing token t leaves every earlier logit untouched, to the bit, at and beside every edge; and t on do change."""
+    model, idx = build(variant), tokens(2, 3 * SEGMENT + 3)
+    before = all_logits(model, idx)
+    edges = {t + d for t in range(0, idx.size(1) + 1, CHUNK) for d in (-1, 0, 1)}
+    for t in sorted(edges & set(range(idx.size(1)))):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 17
+        after = all_logits(model, changed)
+        assert torch.equal(before[:, :t], after[:, :t]), f"token {t} reached an earlier logit"
+        assert not torch.equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mac long-term tokens'])
+def test_memory_reaches_past_the_segments(variant):
+    """A token three segments back still changes the logits; with the memory frozen it cannot."""
+    model, idx = build(variant, n_layer=2), tokens(1, 4 * SEGMENT)
+    changed = idx.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % 17
+    for update, low, high in (True, 1e-5, math.inf), (False, 0, 1e-12):
+        far = [all_logits(model, x, update_memory=update)[:, 3 * SEGMENT:] for x in (idx, changed)]
+        assert low <= (far[0] - far[1]).abs().max() <= high
+
+
+@every_variant
+@pytest.mark.parametrize('cuts', [(1,) * 27, (SEGMENT, 1, SEGMENT - 2, 12), (3, 24), (13, 1, 13), (CHUNK,) * 6 + (3,)])
+def test_cut_anywhere_is_the_whole(variant, cuts):
+    model, idx = build(variant), tokens(2, sum(cuts))
+    whole, _, end = model(idx, torch.zeros_like(idx))
+    state, parts = None, []
+    for piece in idx.split(cuts, dim=1):
+        before = [x.clone() for x in tensors(state)] if state else []
+        logits, _, after = model(piece, torch.zeros_like(piece), state=state)
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors(state), strict=True)) if state else True
+        parts.append(logits)
+        state = after
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+    assert state.pos == end.pos == sum(cuts)
+    for a, b in zip(tensors(state), tensors(end), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+@pytest.mark.parametrize('length', [1, CHUNK - 1, CHUNK, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 3])
+def test_greedy_generation_is_argmax_of_forward(variant, length):
+    model, idx = build(variant), tokens(2, length)
+    given = model(tokens(2, 5, seed=2))[2]
+    for state in (None, given):
+        out = model.generate(idx, 2 * SEGMENT, temperature=0, state=state)
+        assert out.shape == (2, length + 2 * SEGMENT)
+        want = all_logits(model, out, state=state).argmax(-1)[:, length - 1:-1]
+        assert torch.equal(out[:, length:], want)
+
+
+@every_variant
+def test_every_token_is_read_once(variant):
+    """The state that streaming ends with is the state of one forward over prompt and continuation."""
+    model, idx = build(variant), tokens(2, 6)
+
+    def consume():
+        state = yield from model.stream(idx, 7, temperature=0)
+        ends.append(state)
+
+    ends = []
+    out = torch.cat((idx, *consume()), dim=1)
+    whole = model(out)[2]
+    assert ends[0].pos == whole.pos == 13
+    for a, b in zip(tensors(ends[0]), tensors(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    if model.blocks[-1].__dict__['_modules'].get('memory') is not None:
+        assert whole.blocks[-1].memory.pending.theta.size(-1) == 13 % model.config.chunk_len
+
+
+def test_sampling_filters():
+    from model import sample
+    logits, seen = torch.tensor([[4.0, 3.0, 2.0, -1.0]]), torch.tensor([[True, False, False, False]])
+
+    def drawn(**options):
+        options = {'temperature': 1.0, 'top_k': None, 'top_p': None, 'min_p': None, 'repetition_penalty': 1.0} | options
+        torch.manual_seed(0)
+        return {sample(logits, seen, **options).item() for _ in range(300)}
+
+    assert drawn(temperature=3.0) == {0, 1, 2, 3}
+    assert drawn(temperature=3.0, top_k=2) == {0, 1}
+    assert drawn(top_p=0.6) == {0}
+    assert drawn(top_p=0.7) == {0, 1}
+    assert drawn(min_p=0.2) == {0, 1}
+    assert drawn(temperature=0) == {0}
+    assert drawn(temperature=0, repetition_penalty=2.0) == {1}
+
+
+@every_variant
+def test_every_parameter_gets_a_gradient(variant):
+    """After one backward over four segments, from the initialisation as it is."""
+    model, idx = build(variant, shake=0, block_size=4 * SEGMENT).train(), tokens(2, 4 * SEGMENT + 1)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not dead
+    assert sum(len(g['params']) for g in model.parameter_groups(0.1)) == len(list(model.parameters()))
+
+
+@every_variant
+def test_rows_do_not_affect_each_other(variant):
+    model, idx = build(variant), tokens(3, 2 * SEGMENT + 3)
+    together, _, state = model(idx, torch.zeros_like(idx))
+    for row in range(3):
+        alone, _, own = model(idx[row:row + 1], torch.zeros_like(idx[:1]))
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-12)
+        for a, b in zip(tensors(own.blocks), tensors(state.blocks), strict=True):
+            if a.dim() > 1:  # positions are shared
+                torch.testing.assert_close(a[0], b[row], rtol=1e-12, atol=1e-12)
+
+
+@every_variant
+def test_ignored_targets_and_last_logits(variant):
+    model, idx = build(variant), tokens(2, 11)
+    targets = tokens(2, 11, seed=3)
+    targets[:, ::2] = -1
+    logits, loss, _ = model(idx, targets)
+    want = torch.nn.functional.cross_entropy(logits[:, 1::2].flatten(0, 1), targets[:, 1::2].flatten())
+    torch.testing.assert_close(loss, want)
+    last, none, _ = model(idx)
+    assert none is None
+    torch.testing.assert_close(last, logits[:, -1:])
+
+
+@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mac long-term tokens'])
+def test_frozen_memory_is_read_and_never_written(variant):
+    model, idx = build(variant), tokens(2, 2 * SEGMENT + 3)
+    state = model(idx)[2]
+    for block, after in zip(state.blocks, model(idx, state=state, update_memory=False)[2].blocks, strict=True):
+        if block.memory is not None:
+            for a, b in zip(tensors(block.memory[:3]), tensors(after.memory[:3]), strict=True):
+                assert torch.equal(a, b)
+    fresh, carried = (all_logits(model, idx, state=s, update_memory=False) for s in (None, state))
+    assert not torch.allclose(fresh, carried)
+
+
+def test_detach_state_cuts_the_graph_and_nothing_else():
+    model, idx = build(), tokens(2, 11)
+    state = model(idx)[2]
+    cut = detach_state(state)
+    assert any(x.requires_grad for x in tensors(state)) and not any(x.requires_grad for x in tensors(cut))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(cut), strict=True))
+    assert type(cut) is type(state) and type(cut.blocks[0].memory) is type(state.blocks[0].memory)
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('variant', ['mac', 'mac deep'])
+def test_32k_random_tokens_stay_bounded(variant, autocast):
+    model = build(variant, torch.float32, segment_len=64, chunk_len=64)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        state, sizes = None, []
+        for piece in tokens(1, 32768).split(2048, dim=1):
+            logits, _, state = model(piece, state=state)
+            assert logits.isfinite().all()
+            sizes.append(max(x.abs().max().item() for b in state.blocks for x in tensors(b.memory[:2])))
+    assert all(x.dtype == torch.float32 for b in state.blocks for x in tensors(b.memory[:2]))
+    assert max(sizes) < 100 and sizes[-1] < 3 * max(sizes[:4])
+
+
+@pytest.mark.parametrize('ends', [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize('gates', ['sigmoid', 'hard'])
+def test_gates_at_their_ends_stay_finite(gates, ends):
+    model = build('mac deep', torch.float32, memory_gates=gates).train()
+    for block in model.blocks:
+        bias = torch.tensor(ends).repeat_interleave(2) * 200.0 - 100.0
+        block.memory.c_gates.bias.data.copy_(bias * 1e4 if gates == 'hard' else bias)
+    idx = tokens(2, 16 * SEGMENT + 1)
+    logits, loss, _ = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_fixed_gates_and_starts_are_what_the_config_says():
+    for gates in ('sigmoid', 'hard', 'fixed'):
+        model = build(shake=0, memory_gates=gates, memory_lr=0.07, memory_momentum=0.3, memory_decay=0.002)
+        for gate, start in zip(model.blocks[0].memory.gate(torch.randn(1, 5, 16).double()), (0.07, 0.3, 0.002), strict=True):
+            torch.testing.assert_close(gate, torch.full_like(gate, start), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'n_embd': 30, 'n_head': 4}, ('n_embd=30', 'n_head=4')),
+    ({'n_embd': 12, 'n_head': 4}, ('n_embd=12', 'n_head=4', 'even')),
+    ({'memory_heads': 5}, ('n_embd=768', 'memory_heads=5')),
+    ({'segment_len': 100, 'chunk_len': 64}, ('segment_len=100', 'chunk_len=64')),
+    ({'memory_depth': 5}, ('memory_depth=5',)),
+    ({'chunk_len': 0}, ('chunk_len=0',)),
+    ({'memory_layers': '0,12'}, ("memory_layers='0,12'", 'n_layer-1=11')),
+    ({'memory_layers': 'some'}, ("memory_layers='some'", "'0,2'")),
+    ({'memory_decay': 0.0}, ('memory_decay=0.0', "memory_gates='sigmoid'")),
+    ({'memory_momentum': 1.5, 'memory_gates': 'hard'}, ('memory_momentum=1.5', "memory_gates='hard'")),
+    ({'arch': 'rnn'}, ("arch='rnn'", 'mac')),
+    ({'dropout': 1.0}, ('dropout=1.0',)),
+])
+def test_config_names_both_options(options, words):
+    with pytest.raises(ValueError) as error:
+        TitansConfig(**options)
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)

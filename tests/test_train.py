@@ -1,0 +1,225 @@
+"""The trainer: exact resume, honest data, no leak, no NaN, nothing half-written."""
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import UserError
+from dataset import Dataset, Tokenizer, Writer
+from train import Run, TrainConfig
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(600))
+
+
+@pytest.fixture()
+def data_dir(tmp_path):
+    with Writer(str(tmp_path / 'data'), 'tiny', Tokenizer({'kind': 'byte'})) as writer:
+        writer.add('train', list(TEXT.encode()))
+        writer.add('val', list(TEXT[:3000].encode()))
+    return str(tmp_path / 'data')
+
+
+def tiny(data_dir, **options):
+    options = {'dataset': 'tiny', 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'memory_heads': 2, 'block_size': 16,
+               'segment_len': 8, 'chunk_len': 4, 'batch_size': 2, 'max_iters': 6, 'eval_interval': 3, 'eval_iters': 1,
+               'log_interval': 1, 'learning_rate': 1e-2, 'warmup_iters': 2, 'device': 'cpu'} | options
+    return TrainConfig(data_dir=data_dir, **options)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=60, eval_interval=30, batch_size=8, log_interval=10)
+    assert train.train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    losses = [row['val_loss'] for row in rows if 'val_loss' in row]
+    assert [row['step'] for row in rows if 'val_loss' in row] == [0, 30, 60]
+    assert abs(losses[0] - math.log(256)) < 0.2 and losses[-1] < losses[0] - 1.5
+    table = capsys.readouterr().out
+    assert 'half-life 693 tokens' in table and 'left' in table
+    content = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    assert content['provenance']['data'] == Dataset(data_dir, 'tiny').sha256 and content['step'] == 60
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1}, {'tbptt': 1, 'gradient_accumulation_steps': 2},
+    {'carry_state': True, 'tbptt': 1, 'gradient_accumulation_steps': 2}, {'dtype': 'float16'}, {'arch': 'gpt', 'dropout': 0.2},
+    {'dtype': 'bfloat16', 'memory_depth': 2, 'num_longterm_mem': 2, 'carry_state': True}])
+def test_resume_continues_to_the_bit(data_dir, tmp_path, options):
+    """6 steps = 3 + resume + 3: model, optimizer, scaler, data position, carried state; and the log reads as one."""
+    ends = []
+    for name, parts in ('whole', [6]), ('parts', [3, 6]):
+        for i, steps in enumerate(parts):
+            config = tiny(data_dir, out_dir=str(tmp_path / name), lr_decay_iters=6, max_iters=steps,
+                          init_from='resume' if i else 'scratch', **options)
+            assert train.train(config) == 0
+        content = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))
+        rows = [json.loads(line) for line in open(os.path.join(config.out_dir, 'log.jsonl'))]
+        for row in rows:
+            row.pop('tokens_per_s', None)
+        content['train_config'] = None
+        ends.append((content, rows))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_evaluation_does_not_disturb_training(data_dir, tmp_path):
+    ends = []
+    for interval in (1, 6):
+        config = tiny(data_dir, out_dir=str(tmp_path / str(interval)), eval_interval=interval, dropout=0.1, carry_state=True)
+        train.train(config)
+        ends.append(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['model'])
+    assert same(*ends)
+
+
+def test_contiguous_rows_read_on(data_dir):
+    data = Dataset(data_dir, 'tiny')
+    x0, y0 = data.contiguous('train', 3, 16, 0, seed=1)
+    x1, _ = data.contiguous('train', 3, 16, 1, seed=1)
+    assert (y0[:, :-1] == x0[:, 1:]).all() and (y0[:, -1] == x1[:, 0]).all()
+
+
+def test_reset_rows_start_from_m0_and_train_it(data_dir, tmp_path):
+    run = Run(tiny(data_dir, out_dir=str(tmp_path), carry_state=True, reset_prob=1.0))
+    run.train_step()
+    carried = run.states[0]
+    fresh = run.start_state(0, 0)
+    assert fresh.pos == carried.pos == 16
+    for new, start in zip(fresh.blocks, run.raw.init_state(2).blocks, strict=True):
+        torch.testing.assert_close(new.memory.weights, start.memory.weights, rtol=0, atol=0)
+        assert new.memory.weights[0].requires_grad
+    run.config.reset_prob = 0.0
+    kept = run.start_state(0, 0)
+    torch.testing.assert_close(kept.blocks[0].memory.weights, carried.blocks[0].memory.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('tbptt', [0, 1])
+def test_tbptt_changes_gradients_not_losses(data_dir, tmp_path, tbptt):
+    run = Run(tiny(data_dir, out_dir=str(tmp_path), tbptt=tbptt, block_size=32, dtype='float32'))
+    x, y, _ = run.batch(0)
+    whole = run.raw(x, y)[1].item()
+    loss, _ = run.train_step()
+    assert abs(loss - whole) < 1e-5
+
+
+def test_canary_no_loss_below_entropy(tmp_path):
+    """
+    On uniform random tokens no causal model can be better than ln(vocab), however long it trains. A leak of any kind
+    shows as a loss below that; we allow 4 standard errors on fresh tokens.
+    """
+    vocab, rng = 16, np.random.default_rng(0)
+    with Writer(str(tmp_path), 'random', Tokenizer({'kind': 'char', 'chars': 'abcdefghijklmnop'})) as writer:
+        writer.add('train', rng.integers(0, vocab, 400_000))
+        writer.add('val', rng.integers(0, vocab, 40_000))
+    run = Run(tiny(str(tmp_path), dataset='random', block_size=64, segment_len=16, chunk_len=8, batch_size=16, n_embd=32,
+                   learning_rate=3e-3, max_iters=300, out_dir=str(tmp_path)))
+    for _ in range(300):
+        run.train_step()
+    run.raw.eval()
+    x, y = (torch.from_numpy(a) for a in run.data.random('val', 400, 64, [7]))
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(run.raw(x, y)[0].transpose(1, 2), y, reduction='none').flatten()
+    assert each.mean() > math.log(vocab) - 4 * each.std() / each.numel() ** 0.5
+
+
+@pytest.mark.parametrize('trial', range(20))
+def test_no_nan(trial, tmp_path, data_dir):
+    """Drawn learning rates, gate starts, depths and chunk lengths: with the stabiliser, on by default, all stay finite."""
+    rng = np.random.default_rng(trial)
+    options = {'learning_rate': float(10 ** rng.uniform(-4, -2)), 'memory_lr': float(rng.choice([0.01, 0.1, 0.5, 0.9])),
+               'memory_momentum': float(rng.choice([0.01, 0.5, 0.9, 0.99])),
+               'memory_decay': float(rng.choice([1e-5, 0.001, 0.1, 0.9])), 'memory_depth': int(rng.integers(1, 5)),
+               'chunk_len': int(rng.choice([1, 4, 16, 32])), 'memory_gates': str(rng.choice(['sigmoid', 'hard', 'fixed'])),
+               'carry_state': bool(rng.integers(2))}
+    run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=40, warmup_iters=5,
+                   grad_clip=1.0, out_dir=str(tmp_path)))
+    for _ in range(40):
+        loss, norm = run.train_step()
+        assert math.isfinite(loss) and math.isfinite(norm), (run.step, options)
+    assert loss < math.log(256)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=6)
+    batch = Run.batch
+
+    def poison(self, micro):
+        if self.step == 4:
+            self.raw.norm_f.weight.data.fill_(math.nan)
+        return batch(self, micro)
+
+    monkeypatch.setattr(Run, 'batch', poison)
+    with pytest.raises(UserError, match='loss became nan at step 4.*keeps the last good step'):
+        train.train(config)
+    content = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
+    assert content['step'] == 3 and all(x.isfinite().all() for x in content['model'].values())
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, {'step': 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='No space left.*untouched'):
+        checkpoint.save(path, {'step': 2})
+    assert checkpoint.load(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full to write to')
+def test_a_disk_that_is_really_full(tmp_path):
+    os.symlink('/dev/full', tmp_path / 'ckpt.pt.partial')
+    with pytest.raises(UserError, match='cannot save .*No space left'):
+        checkpoint.save(str(tmp_path / 'ckpt.pt'), {'x': torch.zeros(10_000)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=10 ** 6, eval_interval=10 ** 6)
+    flags = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if f.name != 'vocab_size']
+    process = subprocess.Popen([sys.executable, 'train.py', *flags], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step     3'):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130
+    assert 'saved; go on with: python train.py' in rest and '--init_from=resume' in rest
+    assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['step'] >= 3
+
+
+def test_two_processes_train_as_one(data_dir, tmp_path):
+    """The same tokens a step whatever the number of processes, so the same losses."""
+    losses = []
+    for world in (1, 2):
+        config = tiny(data_dir, out_dir=str(tmp_path / str(world)), gradient_accumulation_steps=2, carry_state=True)
+        flags = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if f.name != 'vocab_size']
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
+        done = subprocess.run([*launch, 'train.py', *flags], cwd=HERE, capture_output=True, text=True,
+                              env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in open(os.path.join(config.out_dir, 'log.jsonl'))]
+        losses.append([row.get('loss', row.get('val_loss')) for row in rows])
+        assert len(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['states']) == 2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

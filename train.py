@@ -1,0 +1,492 @@
+"""
+Train a model.
+
+    python train.py config/stdlib_cpu.py                                   # a CPU
+    python train.py config/shakespeare_char_cpu.py --learning_rate=1e-3    # any option of any file can be overridden
+    torchrun --standalone --nproc_per_node=8 train.py config/openwebtext.py   # 8 GPUs
+    python train.py config/stdlib_cpu.py --init_from=resume                # go on where it stopped, to the bit
+
+--print_config shows what would run, --help every option. Ctrl-C saves and stops.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import configurator
+from configurator import UserError
+from dataset import Dataset
+from model import TitansConfig, TitansGPT, detach_state, map_state
+
+
+@dataclass
+class TrainConfig(TitansConfig):
+    vocab_size: int = 0             # 0 = the data set's; larger pads the table
+    # where
+    out_dir: str = 'out'
+    dataset: str = 'stdlib'
+    data_dir: str = 'data'
+    init_from: Literal['scratch', 'resume'] = 'scratch'
+    # evaluation and logging
+    eval_interval: int = 250
+    eval_iters: int = 20            # batches of batch_size sequences a split
+    eval_only: bool = False
+    log_interval: int = 10
+    wandb_log: bool = False
+    wandb_project: str = 'nanotitans'
+    wandb_run_name: str = ''        # '' = out_dir
+    # data
+    batch_size: int = 12            # sequences of a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, shared out to the processes
+    # memory in training
+    carry_state: bool = False       # each row reads on where it stopped, with the memory it had
+    reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
+    tbptt: int = 0                  # segments between cuts of the graph; 0 = none inside a sequence
+    update_memory: bool = True      # False: the memory stays at M_0, for comparison
+    # outer optimizer, AdamW
+    learning_rate: float = 6e-4
+    min_lr: float = 6e-5
+    warmup_iters: int = 100
+    max_iters: int = 5000
+    lr_decay_iters: int = 0         # 0 = max_iters
+    decay_lr: bool = True
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0          # 0 = none
+    # machine
+    device: str = 'auto'            # cuda, mps or cpu, whichever there is, in this order
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
+    compile: bool = False
+    seed: int = 1337
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ('max_iters', 'tbptt', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'weight_decay', 'seed'):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.reset_prob <= 1:
+            raise ValueError(f"reset_prob={self.reset_prob} must be in [0, 1]")
+        if self.carry_state and not self.memory_blocks():
+            raise ValueError(f"carry_state=True needs a memory to carry: arch='{self.arch}' with "
+                             f"memory_layers='{self.memory_layers}' has none")
+        if self.carry_state and self.block_size % self.segment_len:
+            raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of "
+                             f"segment_len={self.segment_len}, so that rows can be reset at a segment's edge")
+        if self.tbptt and not self.memory_blocks():
+            raise ValueError(f"tbptt={self.tbptt} cuts the graph through the memory: arch='{self.arch}' with "
+                             f"memory_layers='{self.memory_layers}' has none")
+
+    def model_config(self):
+        return TitansConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TitansConfig)})
+
+
+class Process:
+    """This process among those torchrun started; alone it is rank 0 of 1."""
+
+    def __init__(self, config):
+        self.world, self.rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+        self.device = torch.device(pick_device(config.device))
+        if self.world > 1:
+            if config.gradient_accumulation_steps % self.world:
+                raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a multiple of "
+                                f"the {self.world} processes that share it out")
+            if self.device.type == 'cuda':
+                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
+        self.main = self.rank == 0
+
+    def mean(self, value):
+        """The mean over processes of a tensor in which each has the sum of its part, divided by their number."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
+    def any(self, flag):
+        """True for all as soon as it is true for one, so that all stop at the same step."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+
+def pick_device(name):
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
+    if name.split(':')[0] not in there:
+        raise UserError(f"device='{name}' must be auto, cuda, mps or cpu")
+    if not there[name.split(':')[0]]():
+        raise UserError(f"device='{name}' is not there; --device=auto takes what is")
+    return name
+
+
+def pick_dtype(name, device):
+    if name == 'auto':
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def get_lr(step, config):
+    """Linear warm-up, cosine down to min_lr at lr_decay_iters, min_lr from there on."""
+    end = config.lr_decay_iters or config.max_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    done = min((step - config.warmup_iters) / max(end - config.warmup_iters, 1), 1.0)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
+
+
+def commit():
+    """The commit this code is at, '+' if it was changed since, '' outside a repository."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = [subprocess.run(['git', '-C', here, *a], capture_output=True, text=True, check=True).stdout.strip()
+               for a in (('rev-parse', '--short', 'HEAD'), ('status', '--porcelain', '-uno'))]
+        return git[0] + ('+' if git[1] else '')
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+
+
+class Run:
+    """One training run; what it holds is what a checkpoint keeps."""
+
+    def __init__(self, config):
+        self.config, self.process = config, Process(config)
+        self.device = self.process.device
+        self.data = Dataset(config.data_dir, config.dataset)
+        if 0 < config.vocab_size < self.data.vocab_size:
+            raise UserError(f"vocab_size={config.vocab_size} is smaller than the {self.data.vocab_size} of data set "
+                            f"'{config.dataset}'; leave it 0 to take the data set's")
+        config.vocab_size = config.vocab_size or self.data.vocab_size
+        for split in ('train', 'val'):
+            self.data.room(split, config.block_size)
+        self.path = os.path.join(config.out_dir, 'ckpt.pt')
+        self.log_path = os.path.join(config.out_dir, 'log.jsonl')
+        self.step, self.best_val_loss, self.stop, self.wandb = 0, math.inf, None, None
+        self.micro_steps = config.gradient_accumulation_steps // self.process.world
+        self.states = [None] * self.micro_steps  # carried state, one a micro-batch of this process
+
+        torch.manual_seed(config.seed)
+        self.raw = TitansGPT(config.model_config()).to(self.device)  # before compile and DDP, which rename its parameters
+        fused = self.device.type == 'cuda'
+        self.optimizer = torch.optim.AdamW(self.raw.parameter_groups(config.weight_decay), lr=config.learning_rate,
+                                           betas=(config.beta1, config.beta2), fused=fused)
+        dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        if config.init_from == 'resume':
+            self.resume()
+        self.model = torch.compile(self.raw) if config.compile else self.raw
+        if self.process.world > 1:
+            self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
+        self.attention = f"scaled_dot_product_attention, {str(dtype).removeprefix('torch.')}"
+
+    # -- checkpoints
+
+    def resume(self):
+        content = checkpoint.load(self.path)
+        checkpoint.same_model(content, self.config, self.path)
+        try:
+            self.raw.load_state_dict(content['model'])
+            self.optimizer.load_state_dict(content['optimizer'])
+            self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
+            self.step, self.best_val_loss = content['step'], content['best_val_loss']
+            packed = content['states']
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: cannot resume from it: {str(error).splitlines()[0]}") from None
+        if content['provenance']['data'] != self.data.sha256:
+            raise UserError(f"{self.path} was trained on other data than what {self.data.folder} holds now")
+        if packed and self.config.carry_state:
+            mine = packed[self.process.rank::self.process.world]
+            like = self.raw.init_state(1)
+            self.states = [checkpoint.unpack_state(p, like, self.device) for p in mine]
+            rows = {s.blocks[-1].kv.k.size(0) for s in self.states}
+            if len(packed) != self.config.gradient_accumulation_steps or rows != {self.config.batch_size}:
+                raise UserError(f"{self.path} carries {len(packed)} states of {rows.pop()} rows, not "
+                                f"gradient_accumulation_steps={self.config.gradient_accumulation_steps} of "
+                                f"batch_size={self.config.batch_size}; give the values it was trained with")
+
+    def save(self, best=False):
+        """ckpt.pt, and a copy as best.pt. Every process calls it, since each has its part of the carried state."""
+        packed = [checkpoint.pack_state(s) for s in self.states if s is not None]
+        if self.process.world > 1:
+            parts = [None] * self.process.world if self.process.main else None
+            dist.gather_object(packed, parts)
+            packed = [p for same in zip(*parts, strict=True) for p in same] if self.process.main else None
+        if not self.process.main:
+            return
+        config = dataclasses.asdict(self.config)
+        content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'tokenizer': self.data.tokenizer,
+                   'model_config': dataclasses.asdict(self.config.model_config()), 'train_config': config,
+                   'provenance': {'commit': commit(), 'dataset': self.config.dataset, 'data': self.data.sha256,
+                                  'torch': str(torch.__version__)},
+                   'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                   'scaler': self.scaler.state_dict(), 'states': packed}
+        checkpoint.save(self.path, content)
+        if best:
+            checkpoint.save(os.path.join(self.config.out_dir, 'best.pt'), content)
+
+    # -- batches; micro-batch m of a step has the same rows however many processes there are
+
+    def batch(self, micro):
+        config = self.config
+        rows, m = config.batch_size * config.gradient_accumulation_steps, micro * self.process.world + self.process.rank
+        if config.carry_state:
+            x, y = self.data.contiguous('train', rows, config.block_size, self.step, config.seed)
+        else:
+            x, y = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step])
+        mine = slice(m * config.batch_size, (m + 1) * config.batch_size)
+        return self.to_device(x[mine]), self.to_device(y[mine]), m
+
+    def to_device(self, array):
+        tensor = torch.from_numpy(array)
+        if self.device.type == 'cuda':
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def start_state(self, micro, m):
+        """The state micro-batch m goes on from: what it carried, rows drawn at random begun afresh (and M_0 trained)."""
+        fresh = self.raw.init_state(self.config.batch_size)
+        if self.states[micro] is None:
+            return fresh
+        draw = np.random.default_rng([self.config.seed, 2, self.step, m]).random(self.config.batch_size)
+        reset = self.to_device(draw < self.config.reset_prob)
+
+        def choose(new, old):  # positions have no rows and are the same for both
+            return old if old.dim() < 2 else torch.where(reset.view(-1, *[1] * (old.dim() - 1)), new, old)
+        return map_state(choose, fresh, self.states[micro])._replace(pos=self.states[micro].pos)
+
+    # -- the step
+
+    def train_step(self):
+        """One update of the weights. -> mean loss, gradient norm; a non-finite one leaves the weights as they were."""
+        config = self.config
+        lr = get_lr(self.step, config)
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        noise = np.random.default_rng([config.seed, 3, self.step, self.process.rank])
+        torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
+        cut = config.tbptt * config.segment_len or config.block_size
+        total, states = torch.zeros((), device=self.device), list(self.states)
+        for micro in range(self.micro_steps):
+            x, y, m = self.batch(micro)
+            state = self.start_state(micro, m) if config.carry_state else None
+            spans = list(zip(x.split(cut, dim=1), y.split(cut, dim=1), strict=True))
+            for i, (x_, y_) in enumerate(spans):
+                if self.process.world > 1:  # gradients meet once, at the last backward
+                    self.model.require_backward_grad_sync = micro == self.micro_steps - 1 and i == len(spans) - 1
+                with self.autocast:
+                    _, loss, state = self.model(x_, y_, state, config.update_memory)
+                loss = loss * (x_.size(1) / x.size(1) / self.micro_steps)
+                self.scaler.scale(loss).backward()
+                state = detach_state(state)
+                total += loss.detach()
+            states[micro] = state if config.carry_state else None
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf)
+        loss = self.process.mean(total).item()
+        if not math.isfinite(loss) or not (self.scaler.is_enabled() or math.isfinite(norm)):
+            return loss, norm.item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.states = states
+        self.step += 1
+        return loss, norm.item()
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Mean loss over eval_iters batches a split, from a fresh memory each; with carry_state also of validation text
+        read on and on ('val_stream'). Its data are drawn apart from the training data and shared out to the processes."""
+        config, losses = self.config, {}
+        self.raw.eval()
+        for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
+            total, state = torch.zeros((), device=self.device), None
+            for i in range(config.eval_iters):
+                if split == 'val_stream':
+                    x, y = self.data.contiguous('val', config.batch_size, config.block_size, i, config.seed)
+                elif i % self.process.world != self.process.rank:
+                    continue
+                else:
+                    x, y = self.data.random(split, config.batch_size, config.block_size, [config.seed, 1, i])
+                with self.autocast:
+                    _, loss, after = self.raw(self.to_device(x), self.to_device(y), state, config.update_memory)
+                state = after if split == 'val_stream' else None
+                total += loss * (1 if split == 'val_stream' else self.process.world)
+            losses[split] = self.process.mean(total / config.eval_iters).item()
+        self.raw.train()
+        return losses
+
+    # -- what the user sees
+
+    def say(self, text):
+        if self.process.main:
+            print(text, flush=True)
+
+    def log(self, text, **metrics):
+        """One line for the eye, one for log.jsonl, the same to wandb."""
+        if not self.process.main:
+            return
+        print(f"step {self.step:>5}/{self.config.max_iters} | {text}", flush=True)
+        try:
+            with open(self.log_path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps({'step': self.step, **metrics}) + '\n')
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
+        if self.wandb:
+            self.wandb.log(metrics, step=self.step)
+
+    def open_logs(self):
+        config = self.config
+        if not self.process.main:
+            return
+        try:
+            os.makedirs(config.out_dir, exist_ok=True)
+            kept = []
+            if config.init_from == 'resume' and os.path.exists(self.log_path):
+                with open(self.log_path, encoding='utf-8') as f:  # what came after the checkpoint will come again
+                    kept = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= self.step]
+            with open(self.log_path, 'w', encoding='utf-8') as f:
+                f.writelines(kept)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {self.log_path}: {error}") from None
+        if config.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("wandb_log=True needs wandb: pip install 'nanotitans[wandb]'") from None
+            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
+                                    config=dataclasses.asdict(config))
+
+    def table(self):
+        config = self.config
+        tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
+        sizes = [sum(t.numel() * t.element_size() for t in tensors_of([(b.memory.weights, b.memory.surprise)
+                                                                      for b in self.raw.init_state(1).blocks if b.memory]))]
+        rows = [('parameters', f"{sum(p.numel() for p in self.raw.parameters()):,}  ({config.arch}, {config.n_layer} layers, "
+                               f"{config.n_head} heads, {config.n_embd} wide)"),
+                ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
+                ('tokens a step', f"{tokens:,}  ({config.batch_size} x {config.block_size}"
+                                  f" x {config.gradient_accumulation_steps} micro-batches, {self.process.world} processes)"),
+                ('device', f"{self.device}{', compiled' if config.compile else ''}"), ('attention', self.attention)]
+        if config.memory_blocks():
+            alpha, eta = config.memory_decay, config.memory_momentum
+            half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
+            span = f"{1 / (1 - eta):.1f} tokens" if eta < 1 else 'for ever'
+            learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
+            rows += [('memory', f"{sizes[0]:,} bytes a sequence, depth {config.memory_depth}, {config.memory_heads} heads, "
+                                f"blocks {','.join(map(str, config.memory_blocks()))}"
+                                f"{'' if config.update_memory else ', frozen'}"),
+                     ('gates', f"{config.memory_gates}; they start here {learnt}:"),
+                     ('  memory_lr', f"theta {config.memory_lr:g} = inner learning rate"),
+                     ('  memory_momentum', f"eta {eta:g} = a surprise lasts {span}"),
+                     ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
+        for name, value in rows:
+            self.say(f"{name:<18} {value}")
+
+    # -- the run
+
+    def interrupt(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+    def loop(self):
+        config = self.config
+        resumed_at, since, steps = self.step if config.init_from == 'resume' else -1, time.time(), 0
+        tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
+        resume = f"python train.py ... --out_dir={config.out_dir} --init_from=resume"
+        speed = None
+        while True:
+            last = self.step >= config.max_iters
+            if (self.step % config.eval_interval == 0 and self.step != resumed_at) or last or config.eval_only:
+                began = time.time()
+                losses = self.evaluate()
+                if config.eval_only:
+                    self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()))
+                    return 0
+                best = losses['val'] < self.best_val_loss
+                self.best_val_loss = min(self.best_val_loss, losses['val'])
+                self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
+                         **{f"{k}_loss": v for k, v in losses.items()})
+                if self.step:
+                    self.save(best)
+                since += time.time() - began
+            if self.process.any(self.stop is not None):
+                self.save()
+                self.say(f"stopped by {self.stop} after step {self.step}, saved; go on with: {resume}")
+                return 130
+            if last:
+                return 0
+            loss, norm = self.train_step()
+            if not math.isfinite(loss) or not (self.scaler.is_enabled() or math.isfinite(norm)):
+                kept = f"{self.path} keeps the last good step" if os.path.exists(self.path) else "nothing was saved yet"
+                raise UserError(f"the {'gradient' if math.isfinite(loss) else 'loss'} became {norm if math.isfinite(loss) else loss} "
+                                f"at step {self.step}; {kept}; try a lower learning_rate, memory_lr or memory_stable=True")
+            steps += 1
+            if self.step % config.log_interval == 0:
+                spent = (time.time() - since) / steps
+                speed = spent if speed is None else 0.7 * speed + 0.3 * spent
+                self.log(f"loss {loss:.4f} | lr {get_lr(self.step - 1, config):.1e} | {tokens / spent:,.0f} tok/s | "
+                         f"{spent * 1000:.0f} ms/iter | {clock((config.max_iters - self.step) * speed)} left",
+                         loss=loss, lr=get_lr(self.step - 1, config), grad_norm=norm, tokens_per_s=tokens / spent)
+                since, steps = time.time(), 0
+
+
+def tensors_of(tree):
+    found = []
+    map_state(lambda x: found.append(x) or x, tuple(tree))
+    return found
+
+
+def train(config):
+    """Run a TrainConfig to its end. -> exit status: 0, or 130 after an interrupt (which saves)."""
+    run = Run(config)
+    run.open_logs()
+    run.table()
+    before = {s: signal.signal(s, run.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run.loop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if run.wandb:
+            run.wandb.finish()
+        if run.process.world > 1:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def main(argv):
+    return train(configurator.load(TrainConfig, argv, __doc__))
+
+
+if __name__ == '__main__':
+    sys.exit(configurator.run(main))
