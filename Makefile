@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compare shakespeare clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -24,6 +24,23 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+
+# MAC, the Transformer, and MAC with its memory frozen from the start: 3 seeds, two lengths, about 45 minutes on 2 cores
+compare: .venv/ready
+	$(BIN)/python prepare.py stdlib
+	for length in "256 4" "1024 1"; do set -- $$length; for seed in 1 2 3; do \
+	  run="$(BIN)/python train.py config/compare_cpu.py --block_size=$$1 --batch_size=$$2 --seed=$$seed"; \
+	  $$run --out_dir=out/compare/mac-$$1-$$seed; \
+	  $$run --out_dir=out/compare/frozen-$$1-$$seed --update_memory=False; \
+	  $$run --out_dir=out/compare/gpt-$$1-$$seed --arch=gpt --n_embd=144; \
+	done; done
+	$(BIN)/python plot.py out/compare/*
+
+# nanoGPT's CPU budget on Tiny Shakespeare (add SOURCE=FILE where there is no network)
+shakespeare: .venv/ready
+	$(BIN)/python prepare.py shakespeare_char $(if $(SOURCE),--source=$(SOURCE))
+	$(BIN)/python train.py config/shakespeare_char_cpu.py
+	$(BIN)/python sample.py --out_dir=out/shakespeare_char_cpu --max_new_tokens=500
 
 clean:
 	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache

@@ -71,6 +71,7 @@ class TitansConfig:
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ('vocab_size', 'num_persist_mem', 'num_longterm_mem', 'memory_conv'):
             need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        need(self.memory_conv != 1, "memory_conv=1 mixes nothing: 0 is no convolution, 2 or more reaches back")
         need(self.arch in BLOCKS, f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
         need(self.memory_gates in ('sigmoid', 'hard', 'fixed'),
              f"memory_gates='{self.memory_gates}' is not one of sigmoid, hard, fixed")
@@ -188,7 +189,7 @@ def rotate(x, pos, base=10000.0):
 
 def causal_conv(x, weight, tail):
     """Depthwise causal convolution. x (B, T, C), weight (C, K), tail: the K-1 inputs before x. -> (B, T, C), new tail"""
-    K, T = weight.size(1), x.size(1)
+    T = x.size(1)
     x = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, C)
     out = F.conv1d(x.mT, weight[:, None].to(x.dtype), groups=x.size(2)).mT  # (B, T, C)
     return out, x[:, T:]
@@ -243,20 +244,26 @@ class NeuralMemory(nn.Module):
 
     def reset_parameters(self):
         """
-        c_qkv      N(0, 1/C)       |q|, |k| are normalised away; v has entries near 1
-        conv       the token itself, its neighbours N(0, 0.1)
+        c_qkv      N(0, 1/C), the same for q and k
+        conv       q: a random mix of this token and the K-2 before it; k: the same mix, one token back; v: this token.
+                   So M(q_t) begins as what followed the last tokens the last time they came: an induction head
         initial    N(0, 1), last layer 0   |k| = 1 gives features of order 1; an empty memory reads 0
         c_gates    weight 0, bias such that theta, eta, alpha start where the config says
-        norm       1
+        norm       0.1             what is read should not drown the stream before it means something
         """
-        nn.init.normal_(self.c_qkv.weight, std=self.c_qkv.in_features ** -0.5)
-        if self.conv is not None:
-            nn.init.normal_(self.conv, std=0.1)
-            self.conv.data[:, -1] += 1
+        C, K = self.c_qkv.in_features, self.kernel
+        nn.init.normal_(self.c_qkv.weight, std=C ** -0.5)
+        with torch.no_grad():
+            self.c_qkv.weight[:C] = self.c_qkv.weight[C:2 * C]
+            if self.conv is not None:
+                mix = torch.randn(C, K - 1, 1) * (K - 1) ** -0.5
+                nn.init.normal_(self.conv, std=0.1)
+                self.conv[:C], self.conv[C:2 * C] = F.pad(mix, (0, 0, 1, 0)), F.pad(mix, (0, 0, 0, 1))
+                self.conv[2 * C:, -1] += 1
         for layer in self.initial[:-1]:
             nn.init.normal_(layer)
         nn.init.zeros_(self.initial[-1])
-        nn.init.ones_(self.norm)
+        nn.init.constant_(self.norm, 0.1)
         if self.c_gates is not None:
             nn.init.zeros_(self.c_gates.weight)
             nn.init.zeros_(self.c_gates.bias)
@@ -428,8 +435,8 @@ class NeuralMemory(nn.Module):
             if not update_memory:
                 return self.output(self.read(self.weights_now(state), q), x.dtype), state
             sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
-            for q, k, v, *gates in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
-                y, state = self.write(state, q, k, v, gates)
+            for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
+                y, state = self.write(state, q_, k_, v_, gates_)
                 out.append(y)
             return self.output(torch.cat(out, dim=2), x.dtype), state
 
@@ -532,87 +539,82 @@ class GPTBlock(nn.Module):
         return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=cache)
 
 
-MEMIN = lambda self, x, y: self.norm_y(x + y)
-GATE = lambda self, y, m: y + self.gate * m
-
-
 class MACBlock(nn.Module):
     """
     Memory as Context, segment by segment:
         h = M(q(x)), M as the segment found it              what does the past say to this token?
         y = Attn([P | h | x]), position t sees h_j, x_j for j <= t
-        M is written with y, and o_t = y_t (x) M_t(q(y_t))   (x): a gate
-    Residual, then the MLP.
+        M is written with x + y, and read again: o_t = y_t + gain * M_t(q(x_t + y_t))
+    Residual, then the MLP. (The paper writes o = y (x) M(y), a gate; a sum learns faster, see docs/log.md.)
+    With num_longterm_mem > 0 h is that many tokens, asked for with learned questions and the last hidden state of the
+    segment before, and seen by the whole segment.
     """
 
     def __init__(self, config, has_memory):
         super().__init__()
         C = config.n_embd
-        self.segment_len, self.num_longterm = config.segment_len, config.num_longterm_mem if has_memory else 0
+        self.segment_len = config.segment_len
         self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
         self.attn, self.mlp, self.drop = Attention(config), MLP(config), nn.Dropout(config.dropout)
         self.persist = nn.Parameter(torch.randn(1, config.num_persist_mem, C)) if config.num_persist_mem else None
         self.memory = NeuralMemory(config) if has_memory else None
+        self.questions = None
         if has_memory:
             self.norm_y = RMSNorm(C)
-            self.gate = nn.Parameter(torch.full((C,), 0.1))
-        if self.num_longterm:
-            self.questions = nn.Parameter(torch.randn(1, self.num_longterm, C))  # asked of the memory in every segment
-            self.c_last = nn.Linear(C, C, bias=False)
+            self.gain = nn.Parameter(torch.full((C,), 0.02))
+            if config.num_longterm_mem:
+                self.questions = nn.Parameter(torch.randn(1, config.num_longterm_mem, C))
+                self.c_last = nn.Linear(C, C, bias=False)
 
     def init_state(self, batch_size):
         kv = self.attn.empty_cache(batch_size)
         if self.memory is None:
             return BlockState(kv, None, (), None, None)
-        memory = self.memory.init_state(batch_size)
-        C = self.norm_1.weight.size(0)
+        memory, C = self.memory.init_state(batch_size), self.norm_1.weight.size(0)
         return BlockState(kv, memory, memory.weights, memory.tail[..., :C], memory.tail.new_zeros(batch_size, 1, C))
 
+    def open_segment(self, state, x):
+        """Note the memory that this segment reads from and, with num_longterm_mem, read it for all of the segment."""
+        if self.memory is None:
+            return state
+        state = state._replace(base=self.memory.weights_now(state.memory))
+        if self.questions is None:
+            return state
+        q, _ = self.memory.query(self.questions + self.c_last(state.last.to(x.dtype)), torch.zeros_like(state.tail))
+        k, v = self.attn.kv(self.memory.recall(q, state.base, x.dtype))
+        return state._replace(kv=KVCache(k, v, state.kv.pos.new_zeros(k.size(2))))
+
     def forward(self, x, state, pos, update_memory):
-        """TRIAL"""
-        B, T, _ = x.shape
-        u = self.norm_1(x)
-        q, k, v = self.attn.qkv(u)  # of the whole call; only what depends on the memory goes segment by segment
-        persist = [] if self.persist is None else [p.expand(B, -1, -1, -1) for p in self.attn.kv(self.persist)]
-        if self.memory is not None and not self.num_longterm:
+        u, here = self.norm_1(x), pos % self.segment_len
+        parts = [x, u, *self.attn.qkv(u)]  # of the whole call: only what depends on the memory goes by segments
+        if per_token := self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
-            state = state._replace(tail=tail)
-        sizes, out, here = pieces(pos % self.segment_len, T, self.segment_len), [], pos % self.segment_len
-        asked = asked.split(sizes, dim=2) if self.memory is not None and not self.num_longterm else [None] * len(sizes)
-        for n, x_, u_, q, k, v, ask in zip(sizes, x.split(sizes, 1), u.split(sizes, 1), q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), asked):
-            q_pos = torch.arange(here, here + n, device=x.device)
-            keys, values, k_pos = [state.kv.k.to(k.dtype)], [state.kv.v.to(v.dtype)], [state.kv.pos]
-            if here == 0 and self.memory is not None:
-                state = state._replace(base=self.memory.weights_now(state.memory))
-            retrieved = None
-            if self.num_longterm and here == 0:
-                ask = self.questions + self.c_last(state.last.to(u.dtype))
-                context, _ = self.memory.query(ask, state.tail * 0)
-                retrieved = self.memory.recall(context, state.base, x.dtype)
-                k_pos.append(q_pos.new_zeros(self.num_longterm))
-            elif self.memory is not None and not self.num_longterm:
-                retrieved = self.memory.recall(ask, state.base, x.dtype)
-                k_pos.append(q_pos)
-            if retrieved is not None:
-                for parts, part in zip((keys, values), self.attn.kv(retrieved), strict=True):
-                    parts.append(part)
-            kv = KVCache(torch.cat((*keys, k), dim=2), torch.cat((*values, v), dim=2),
-                         torch.cat((*k_pos, q_pos)))
-            seen = kv
+            state, parts = state._replace(tail=tail), [*parts, asked]
+        persist = () if self.persist is None else [p.expand(x.size(0), -1, -1, -1) for p in self.attn.kv(self.persist)]
+        sizes, out = pieces(here, x.size(1), self.segment_len), []
+        for x_, u_, q, k, v, *asked in zip(*(p.split(sizes, dim=-2) for p in parts), strict=True):
+            if here == 0:
+                state = self.open_segment(state, u)
+            q_pos = k_pos = torch.arange(here, here + q.size(2), device=x.device)
+            if per_token:  # h_j in front of x_j, at the same position
+                h = self.memory.recall(asked[0], state.base, u.dtype)
+                k, v = (torch.stack(pair, dim=3).flatten(2, 3) for pair in zip(self.attn.kv(h), (k, v), strict=True))
+                k_pos = q_pos.repeat_interleave(2)
+            kv = KVCache(torch.cat((state.kv.k.to(k.dtype), k), dim=2), torch.cat((state.kv.v.to(v.dtype), v), dim=2),
+                         torch.cat((state.kv.pos, k_pos)))
+            k, v, k_pos = kv
             if persist:
-                seen = KVCache(torch.cat((persist[0], kv.k), 2), torch.cat((persist[1], kv.v), 2),
-                               F.pad(kv.pos, (self.persist.size(1), 0)))
-            y = self.attn(q, *seen[:2], q_pos, seen.pos)  # (B, n, C)
+                k, v = torch.cat((persist[0], k), dim=2), torch.cat((persist[1], v), dim=2)
+                k_pos = F.pad(k_pos, (self.persist.size(1), 0))
+            y = self.attn(q, k, v, q_pos, k_pos)  # (B, n, C)
             if self.memory is not None:
-                m, memory = self.memory(MEMIN(self, x_, y), state.memory, update_memory)
-                y = GATE(self, y, m)
-                state = state._replace(memory=memory)
+                m, memory = self.memory(self.norm_y(x_ + y), state.memory, update_memory)
+                y, state = y + self.gain * m, state._replace(memory=memory)
             out.append(y)
-            here += n
-            if here == self.segment_len:
-                kv = KVCache(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[:0])
-                here = 0
-                state = state._replace(last=u_[:, -1:] if self.num_longterm else state.last)
+            here = (here + q.size(2)) % self.segment_len
+            if here == 0:  # the segment is full: nothing of it is seen again but through the memory
+                kv = KVCache(k[:, :, :0], v[:, :, :0], k_pos[:0])
+                state = state if self.questions is None else state._replace(last=u_[:, -1:])
             state = state._replace(kv=kv)
         x = x + self.drop(torch.cat(out, dim=1))
         return x + self.drop(self.mlp(self.norm_2(x))), state
@@ -645,7 +647,7 @@ class TitansGPT(nn.Module):
         Linear, wte          N(0, 0.02), bias 0          as GPT-2
         */c_proj             N(0, 0.02 / sqrt(2 n_layer))  the residual stream keeps its size with depth
         memory               NeuralMemory.reset_parameters
-        RMSNorm 1, gate 0.1, persist and questions N(0, 1), what a normed token looks like
+        RMSNorm 1; gain 0.02, the size of wte; persist and questions N(0, 1), what a normed token looks like
         """
         memories = {id(m) for block in self.blocks if getattr(block, 'memory', None) for m in block.memory.modules()}
         for name, module in self.named_modules():
@@ -675,7 +677,8 @@ class TitansGPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None, state
         logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-1)
         return logits, loss, state
 
     @torch.no_grad()

@@ -310,32 +310,38 @@ class Run:
                 total += loss.detach()
             states[micro] = state if config.carry_state else None
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf).item()
         loss = self.process.mean(total).item()
-        if not math.isfinite(loss) or not (self.scaler.is_enabled() or math.isfinite(norm)):
-            return loss, norm.item()
+        if not self.finite(loss, norm):
+            return loss, norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.states = states
         self.step += 1
-        return loss, norm.item()
+        return loss, norm
+
+    def finite(self, loss, norm):
+        """fp16's scaler skips a step with an infinite gradient by itself, and that is part of its trade."""
+        return math.isfinite(loss) and (self.scaler.is_enabled() or math.isfinite(norm))
 
     @torch.no_grad()
     def evaluate(self):
-        """Mean loss over eval_iters batches a split, from a fresh memory each; with carry_state also of validation text
-        read on and on ('val_stream'). Its data are drawn apart from the training data and shared out to the processes."""
+        """
+        Mean loss over eval_iters batches a split, from a fresh memory each; with carry_state also of validation text read
+        on and on ('val_stream'). The batches are the same in every evaluation of every run, whatever its seed.
+        """
         config, losses = self.config, {}
         self.raw.eval()
         for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
             total, state = torch.zeros((), device=self.device), None
             for i in range(config.eval_iters):
                 if split == 'val_stream':
-                    x, y = self.data.contiguous('val', config.batch_size, config.block_size, i, config.seed)
+                    x, y = self.data.contiguous('val', config.batch_size, config.block_size, i, seed=1)
                 elif i % self.process.world != self.process.rank:
                     continue
                 else:
-                    x, y = self.data.random(split, config.batch_size, config.block_size, [config.seed, 1, i])
+                    x, y = self.data.random(split, config.batch_size, config.block_size, [1, i])
                 with self.autocast:
                     _, loss, after = self.raw(self.to_device(x), self.to_device(y), state, config.update_memory)
                 state = after if split == 'val_stream' else None
@@ -388,8 +394,8 @@ class Run:
     def table(self):
         config = self.config
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        sizes = [sum(t.numel() * t.element_size() for t in tensors_of([(b.memory.weights, b.memory.surprise)
-                                                                      for b in self.raw.init_state(1).blocks if b.memory]))]
+        memories = [b.memory for b in self.raw.init_state(1).blocks if b.memory]
+        size = sum(w.numel() * w.element_size() for m in memories for w in (*m.weights, *m.surprise))
         rows = [('parameters', f"{sum(p.numel() for p in self.raw.parameters()):,}  ({config.arch}, {config.n_layer} layers, "
                                f"{config.n_head} heads, {config.n_embd} wide)"),
                 ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
@@ -401,7 +407,7 @@ class Run:
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
             span = f"{1 / (1 - eta):.1f} tokens" if eta < 1 else 'for ever'
             learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
-            rows += [('memory', f"{sizes[0]:,} bytes a sequence, depth {config.memory_depth}, {config.memory_heads} heads, "
+            rows += [('memory', f"{size:,} bytes a sequence, depth {config.memory_depth}, {config.memory_heads} heads, "
                                 f"blocks {','.join(map(str, config.memory_blocks()))}"
                                 f"{'' if config.update_memory else ', frozen'}"),
                      ('gates', f"{config.memory_gates}; they start here {learnt}:"),
@@ -446,10 +452,11 @@ class Run:
             if last:
                 return 0
             loss, norm = self.train_step()
-            if not math.isfinite(loss) or not (self.scaler.is_enabled() or math.isfinite(norm)):
+            if not self.finite(loss, norm):
                 kept = f"{self.path} keeps the last good step" if os.path.exists(self.path) else "nothing was saved yet"
-                raise UserError(f"the {'gradient' if math.isfinite(loss) else 'loss'} became {norm if math.isfinite(loss) else loss} "
-                                f"at step {self.step}; {kept}; try a lower learning_rate, memory_lr or memory_stable=True")
+                what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
+                raise UserError(f"the {what} became {value} at step {self.step}; {kept}; "
+                                "try a lower learning_rate or memory_lr, or memory_stable=True")
             steps += 1
             if self.step % config.log_interval == 0:
                 spent = (time.time() - since) / steps
@@ -458,12 +465,6 @@ class Run:
                          f"{spent * 1000:.0f} ms/iter | {clock((config.max_iters - self.step) * speed)} left",
                          loss=loss, lr=get_lr(self.step - 1, config), grad_norm=norm, tokens_per_s=tokens / spent)
                 since, steps = time.time(), 0
-
-
-def tensors_of(tree):
-    found = []
-    map_state(lambda x: found.append(x) or x, tuple(tree))
-    return found
 
 
 def train(config):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import recurrence
 
-from model import NeuralMemory, TitansConfig
+from model import NeuralMemory, TitansConfig, pieces
 
 B, H, D = 2, 2, 6
 
@@ -48,8 +48,10 @@ def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
     v = 2 * torch.randn(B, H, T, D, dtype=torch.float64)
     if not stable:
         k, v = k * 0.3, v * 0.3  # without the stabiliser a chunk of strong gates diverges in both forms alike
-    leaves = [x.requires_grad_(x.dim() > 3 or gates != 'exactly 0 and 1') for x in (q, k, v, *gates_at(gates, T), *(torch.randn(B, *w.shape).double() * 0.5
-                                                                          for w in module.initial))]
+    surprise = [torch.randn(B, *w.shape).double() * 0.5 for w in module.initial]
+    leaves = [q, k, v, *gates_at(gates, T), *surprise]
+    for x in leaves:  # a gate that sits on its end gets no gradient, by definition
+        x.requires_grad_(x.dim() > 3 or gates != 'exactly 0 and 1')
     q, k, v, theta, eta, alpha, *surprise = leaves
     leaves += module.initial
 
@@ -69,7 +71,7 @@ def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     mix = [torch.randn_like(x) for x in want]
-    leaves = [x for x in leaves if x.requires_grad]  # a gate that sits on its end gets no gradient, by definition
+    leaves = [x for x in leaves if x.requires_grad]
     grads = [torch.autograd.grad(sum((x * m).sum() for x, m in zip(xs, mix, strict=True)), leaves, allow_unused=True,
                                  materialize_grads=True) for xs in (got, want)]
     for a, b in zip(*grads, strict=True):
@@ -78,5 +80,40 @@ def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
 
 def cut(module, state, x):
     """Split x (B, H, T, ...) where the chunks end that begin with what `state` has pending."""
-    from model import pieces
     return x.split(pieces(state.pending.theta.size(-1), x.size(2), module.chunk_len), dim=2)
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+def test_alone_in_pieces_and_retrieve(depth):
+    """NeuralMemory as a layer of its own: pieces = whole; retrieve reads what forward would, and changes nothing."""
+    module = memory(4, memory_depth=depth)
+    x = torch.randn(B, 11, H * D, dtype=torch.float64)
+    whole, _ = module(x)
+    state, parts = None, []
+    for piece in x.split((3, 1, 7), dim=1):
+        out, state = module(piece, state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+    before = [x.clone() for x in (*state.weights, *state.surprise, state.tail, state.pending.theta)]
+    more = torch.randn(B, 5, H * D, dtype=torch.float64)
+    read = module.retrieve(more, state)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*state.weights, *state.surprise, state.tail,
+                                                          state.pending.theta), strict=True))
+    frozen, after = module(more, state, update_memory=False)
+    torch.testing.assert_close(read, frozen, rtol=1e-12, atol=1e-12)
+    for a, b in zip(module.weights_now(state), module.weights_now(after), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_remembers():
+    """Keys met before are answered with their values; before they were written, with nothing."""
+    torch.manual_seed(0)
+    module = memory(8, memory_conv=0, memory_gates='fixed', memory_lr=0.5, memory_momentum=0.0, memory_decay=0.0)
+    with torch.no_grad():
+        module.initial[0].zero_()
+    k = torch.linalg.qr(torch.randn(B, H, D, D, dtype=torch.float64)).Q  # as many orthonormal keys as fit
+    v = torch.randn(B, H, D, D, dtype=torch.float64).clamp(-0.8, 0.8)
+    state = module.init_state(B)
+    assert not module.read(state.weights, k).any()
+    _, state = module.write(state, k, k, v, module.gate(torch.zeros(B, D, H * D, dtype=torch.float64)))
+    torch.testing.assert_close(module.read(module.weights_now(state), k), v, rtol=1e-9, atol=1e-9)

@@ -236,6 +236,7 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
     ({'segment_len': 100, 'chunk_len': 64}, ('segment_len=100', 'chunk_len=64')),
     ({'memory_depth': 5}, ('memory_depth=5',)),
     ({'chunk_len': 0}, ('chunk_len=0',)),
+    ({'memory_conv': 1}, ('memory_conv=1',)),
     ({'memory_layers': '0,12'}, ("memory_layers='0,12'", 'n_layer-1=11')),
     ({'memory_layers': 'some'}, ("memory_layers='some'", "'0,2'")),
     ({'memory_decay': 0.0}, ('memory_decay=0.0', "memory_gates='sigmoid'")),
