@@ -239,7 +239,7 @@ class NeuralMemory(nn.Module):
         self.initial = nn.ParameterList(torch.empty(H, o, i) for i, o in itertools.pairwise(widths))  # M_0
         self.gates, self.start = config.memory_gates, (config.memory_lr, config.memory_momentum, config.memory_decay)
         self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, 3 * H)
-        self.norm = nn.Parameter(torch.empty(H, D, 1))
+        self.gain = nn.Parameter(torch.empty(2, H, 1, D))  # of what is read, of the query beside it
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -249,7 +249,7 @@ class NeuralMemory(nn.Module):
                    So M(q_t) begins as what followed the last tokens the last time they came: an induction head
         initial    N(0, 1), last layer 0   |k| = 1 gives features of order 1; an empty memory reads 0
         c_gates    weight 0, bias such that theta, eta, alpha start where the config says
-        norm       0.1             what is read should not drown the stream before it means something
+        gain       0.1             what is read should not drown the stream before it means something
         """
         C, K = self.c_qkv.in_features, self.kernel
         nn.init.normal_(self.c_qkv.weight, std=C ** -0.5)
@@ -263,7 +263,7 @@ class NeuralMemory(nn.Module):
         for layer in self.initial[:-1]:
             nn.init.normal_(layer)
         nn.init.zeros_(self.initial[-1])
-        nn.init.constant_(self.norm, 0.1)
+        nn.init.constant_(self.gain, 0.1)
         if self.c_gates is not None:
             nn.init.zeros_(self.c_gates.weight)
             nn.init.zeros_(self.c_gates.bias)
@@ -275,11 +275,11 @@ class NeuralMemory(nn.Module):
         """A fresh memory: M_0, no surprise, nothing pending."""
         weights = tuple(w.expand(batch_size, *w.shape) for w in self.initial)
         return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), self.no_pending(batch_size),
-                           self.norm.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features))
+                           self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features))
 
     def no_pending(self, batch_size):
         def empty(*width):
-            return self.norm.new_empty(batch_size, self.n_head, 0, *width)
+            return self.gain.new_empty(batch_size, self.n_head, 0, *width)
         return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial),
                        empty(), empty(), empty())
 
@@ -287,7 +287,7 @@ class NeuralMemory(nn.Module):
 
     def heads(self, x):
         """(B, T, H * D) -> (B, H, T, D), in the memory's own precision: float32 at least, whatever autocast says."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.norm.dtype)
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.gain.dtype)
 
     def project(self, x, weight, conv, tail):
         """x (B, T, C) -> its projection through conv and SiLU (B, T, out), and the conv's new tail"""
@@ -306,8 +306,8 @@ class NeuralMemory(nn.Module):
         """theta, eta, alpha of each token of x (B, T, C).   3 of (B, H, T)"""
         B, T, _ = x.shape
         if self.c_gates is None:
-            return tuple(self.norm.new_full((B, self.n_head, T), s) for s in self.start)
-        z = self.c_gates(x).to(self.norm.dtype).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
+            return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
+        z = self.c_gates(x).to(self.gain.dtype).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
         if self.gates == 'sigmoid':
             return z.sigmoid().unbind(1)
         # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
@@ -414,10 +414,14 @@ class NeuralMemory(nn.Module):
             state = state._replace(weights=weights, surprise=surprise, pending=self.no_pending(k.size(0)))
         return y, state
 
-    def output(self, y, dtype):
-        """Normalise what was read, head by head: an early memory is small but not worth less. -> (B, T, C)"""
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * self.norm.mT
-        return y.transpose(1, 2).flatten(2).to(dtype)
+    def output(self, y, q, dtype):
+        """
+        What was read, bounded, and the query beside it: the residual of the paper's M(x) = x + ..., kept out of what is
+        learned at test time. A read's size says how sure the memory is, so a small one stays small. -> (B, T, C)
+        """
+        y = y * torch.rsqrt(1 + y.square().mean(-1, keepdim=True))
+        out = self.gain[0] * y + self.gain[1] * math.sqrt(self.head_dim) * q  # (B, H, T, D), of size 0.1 at first
+        return out.transpose(1, 2).flatten(2).to(dtype)
 
     def forward(self, x, state=None, update_memory=True):
         """
@@ -433,12 +437,12 @@ class NeuralMemory(nn.Module):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             state = state._replace(tail=tail)
             if not update_memory:
-                return self.output(self.read(self.weights_now(state), q), x.dtype), state
+                return self.output(self.read(self.weights_now(state), q), q, x.dtype), state
             sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
             for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
                 y, state = self.write(state, q_, k_, v_, gates_)
                 out.append(y)
-            return self.output(torch.cat(out, dim=2), x.dtype), state
+            return self.output(torch.cat(out, dim=2), q, x.dtype), state
 
     def retrieve(self, x, state):
         """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
@@ -448,7 +452,7 @@ class NeuralMemory(nn.Module):
     def recall(self, q, weights, dtype):
         """Read queries (B, H, T, D) from given weights. -> (B, T, C)"""
         with torch.autocast(q.device.type, enabled=False):
-            return self.output(self.read(weights, q), dtype)
+            return self.output(self.read(weights, q), q, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -544,7 +548,7 @@ class MACBlock(nn.Module):
     Memory as Context, segment by segment:
         h = M(q(x)), M as the segment found it              what does the past say to this token?
         y = Attn([P | h | x]), position t sees h_j, x_j for j <= t
-        M is written with x + y, and read again: o_t = y_t + gain * M_t(q(x_t + y_t))
+        M is written with x + y, and read again: o_t = y_t + W M_t(q(x_t + y_t))
     Residual, then the MLP. (The paper writes o = y (x) M(y), a gate; a sum learns faster, see docs/log.md.)
     With num_longterm_mem > 0 h is that many tokens, asked for with learned questions and the last hidden state of the
     segment before, and seen by the whole segment.
@@ -561,7 +565,7 @@ class MACBlock(nn.Module):
         self.questions = None
         if has_memory:
             self.norm_y = RMSNorm(C)
-            self.gain = nn.Parameter(torch.full((C,), 0.02))
+            self.c_proj = nn.Linear(C, C, bias=config.bias)
             if config.num_longterm_mem:
                 self.questions = nn.Parameter(torch.randn(1, config.num_longterm_mem, C))
                 self.c_last = nn.Linear(C, C, bias=False)
@@ -609,7 +613,7 @@ class MACBlock(nn.Module):
             y = self.attn(q, k, v, q_pos, k_pos)  # (B, n, C)
             if self.memory is not None:
                 m, memory = self.memory(self.norm_y(x_ + y), state.memory, update_memory)
-                y, state = y + self.gain * m, state._replace(memory=memory)
+                y, state = y + self.c_proj(m), state._replace(memory=memory)
             out.append(y)
             here = (here + q.size(2)) % self.segment_len
             if here == 0:  # the segment is full: nothing of it is seen again but through the memory
@@ -647,7 +651,7 @@ class TitansGPT(nn.Module):
         Linear, wte          N(0, 0.02), bias 0          as GPT-2
         */c_proj             N(0, 0.02 / sqrt(2 n_layer))  the residual stream keeps its size with depth
         memory               NeuralMemory.reset_parameters
-        RMSNorm 1; gain 0.02, the size of wte; persist and questions N(0, 1), what a normed token looks like
+        RMSNorm 1; persist and questions N(0, 1), what a normed token looks like
         """
         memories = {id(m) for block in self.blocks if getattr(block, 'memory', None) for m in block.memory.modules()}
         for name, module in self.named_modules():

@@ -1,0 +1,24 @@
+# Tiny Shakespeare in nanoGPT's CPU budget: 2,000 iterations of 12 x 64 characters, 4 layers, 4 heads, 128 wide.
+out_dir = 'out/shakespeare_char_cpu'
+dataset = 'shakespeare_char'
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+memory_heads = 4
+segment_len = 64
+chunk_len = 64
+
+block_size = 64
+batch_size = 12
+carry_state = True  # each row reads on: the memory reaches further back than the 64 characters of a step
+reset_prob = 0.1
+
+max_iters = 2000
+warmup_iters = 100
+learning_rate = 4e-3
+min_lr = 1e-4
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 100
+log_interval = 50
