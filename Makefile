@@ -32,7 +32,7 @@ compare: .venv/ready
 	  run="$(BIN)/python train.py config/compare_cpu.py --block_size=$$1 --batch_size=$$2 --seed=$$seed"; \
 	  $$run --out_dir=out/compare/mac-$$1-$$seed; \
 	  $$run --out_dir=out/compare/frozen-$$1-$$seed --update_memory=False; \
-	  $$run --out_dir=out/compare/gpt-$$1-$$seed --arch=gpt --n_embd=144; \
+	  $$run --out_dir=out/compare/gpt-$$1-$$seed --arch=gpt --n_embd=152; \
 	done; done
 	$(BIN)/python plot.py out/compare/*
 

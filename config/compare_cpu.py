@@ -4,19 +4,19 @@ dataset = 'stdlib'
 
 n_layer = 4
 n_head = 4
-n_embd = 128        # 1.05M parameters; --arch=gpt --n_embd=144 has as many
+n_embd = 128        # 1.05M parameters; --arch=gpt --n_embd=152 has as many
 memory_heads = 4
 segment_len = 64
 chunk_len = 64
 
 block_size = 256
 batch_size = 4      # 1,024 tokens a step; with --block_size=1024 --batch_size=1 too
-max_iters = 1000
+max_iters = 800
 warmup_iters = 50
 learning_rate = 4e-3
 min_lr = 4e-4
 beta2 = 0.99
 
-eval_interval = 1000
-eval_iters = 300
+eval_interval = 800
+eval_iters = 100
 log_interval = 100
