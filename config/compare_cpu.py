@@ -13,8 +13,8 @@ block_size = 256
 batch_size = 4      # 1,024 tokens a step; with --block_size=1024 --batch_size=1 too
 max_iters = 800
 warmup_iters = 50
-learning_rate = 4e-3
-min_lr = 4e-4
+learning_rate = 2e-3
+min_lr = 2e-4
 beta2 = 0.99
 
 eval_interval = 800

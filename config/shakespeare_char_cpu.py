@@ -16,7 +16,7 @@ reset_prob = 0.1
 
 max_iters = 2000
 warmup_iters = 100
-learning_rate = 4e-3
+learning_rate = 2e-3
 min_lr = 1e-4
 beta2 = 0.99
 eval_interval = 250
