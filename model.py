@@ -303,11 +303,11 @@ class NeuralMemory(nn.Module):
         return F.normalize(self.heads(q), dim=-1), tail
 
     def gate(self, x):
-        """theta, eta, alpha of each token of x (B, T, C).   3 of (B, H, T)"""
+        """theta, eta, alpha of each token of x (B, T, C), float32 at least.   3 of (B, H, T)"""
         B, T, _ = x.shape
         if self.c_gates is None:
             return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
-        z = self.c_gates(x).to(self.gain.dtype).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
+        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
         if self.gates == 'sigmoid':
             return z.sigmoid().unbind(1)
         # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
@@ -431,8 +431,8 @@ class NeuralMemory(nn.Module):
         if state is None:
             state = self.init_state(x.size(0))
         qkv, tail = self.project(x, self.c_qkv.weight, self.conv, state.tail)
-        gates = self.gate(x)
         with torch.autocast(x.device.type, enabled=False):
+            gates = self.gate(x)
             q, k, v = self.heads(qkv).chunk(3, dim=1)  # (B, H, T, D)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             state = state._replace(tail=tail)

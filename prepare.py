@@ -10,6 +10,7 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
 --source=PATH takes a file already on disk instead of a download.
 """
 import hashlib
+import itertools
 import os
 import sysconfig
 import urllib.error
@@ -134,9 +135,9 @@ def text(config):
     write_texts('text', config, config.tokenizer, train, val)
 
 
-def encode_document(document):
+def encode_document(text):
     tokenizer = Tokenizer({'kind': 'gpt2'})
-    return {'ids': [*tokenizer.encode(document['text']), tokenizer.bpe.eot_token]}
+    return [*tokenizer.encode(text), tokenizer.bpe.eot_token]
 
 
 def openwebtext(config):
@@ -149,10 +150,13 @@ def openwebtext(config):
     tokenizer = Tokenizer({'kind': 'gpt2'})
     try:
         documents = load_dataset('Skylion007/openwebtext', split='train', streaming=True)
-        with Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool:
-            encoded = pool.imap(encode_document, documents, chunksize=64)
-            for i, document in enumerate(tqdm(encoded, desc='openwebtext', unit='doc', total=8013769)):
-                writer.add('val' if i % 2000 == 0 else 'train', document['ids'])
+        with (Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool,
+              tqdm(desc='openwebtext', unit='doc', total=8013769) as bar):
+            stream = iter(documents)
+            while batch := [d['text'] for d in itertools.islice(stream, 8192)]:  # a pool would queue the whole corpus
+                for ids in pool.imap(encode_document, batch, chunksize=64):
+                    writer.add('val' if bar.n % 2000 == 0 else 'train', ids)
+                    bar.update()
     except (ConnectionError, OSError) as error:
         raise UserError(f"openwebtext: {str(error).splitlines()[0] if str(error) else type(error).__name__}; it has to be "
                         "downloaded, check the network") from None

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,7 +26,7 @@ from train import pick_device, pick_dtype
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'
-    checkpoint: str = 'ckpt'        # ckpt: the last one, best: the one with the lowest validation loss
+    checkpoint: Literal['ckpt', 'best'] = 'ckpt'  # ckpt: the last one, best: the one with the lowest validation loss
     prompt: str = '\n'              # the text, FILE:path, or - for standard input
     interactive: bool = False
     num_samples: int = 1
@@ -38,7 +39,7 @@ class SampleConfig:
     update_memory: bool = True      # False: the long-term memory is read, never written
     seed: int = 1337
     device: str = 'auto'
-    dtype: str = 'auto'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 
     def __post_init__(self):
         for name in ('num_samples', 'max_new_tokens'):
@@ -51,8 +52,6 @@ class SampleConfig:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1], min_p={self.min_p} in [0, 1]")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
-        if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-            raise ValueError(f"dtype='{self.dtype}' is not one of auto, float32, bfloat16, float16")
 
 
 def read_prompt(text):

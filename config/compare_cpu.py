@@ -10,13 +10,13 @@ segment_len = 64
 chunk_len = 64
 
 block_size = 256
-batch_size = 4      # 1,024 tokens a step; with --block_size=1024 --batch_size=1 too
+batch_size = 4      # 1,024 tokens a step
 max_iters = 800
 warmup_iters = 50
 learning_rate = 2e-3
 min_lr = 2e-4
 beta2 = 0.99
 
-eval_interval = 800
+eval_interval = 800  # at the start and at the end
 eval_iters = 100
 log_interval = 100

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,24 @@ def test_prepare_stdlib_is_deterministic(tmp_path, monkeypatch):
     assert one.meta == two.meta and sum(one.tokens.values()) > 10e6 and one.tokens['val'] > 5e5
 
 
-@pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR with the GPT-2 files is not set')
+needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='no TIKTOKEN_CACHE_DIR with the GPT-2 files')
+
+
+@needs_gpt2
+def test_prepare_openwebtext(place, monkeypatch):
+    """The library's stream, faked: every document in order, ended by <|endoftext|>, the first in 2,000 for validation."""
+    texts = [f'document {i}' for i in range(20)]
+    fake = types.ModuleType('datasets')
+    fake.load_dataset = lambda name, split, streaming: [{'text': text} for text in texts]
+    monkeypatch.setitem(sys.modules, 'datasets', fake)
+    prepare.main(['openwebtext', '--num_proc=1'])
+    data = Dataset('data', 'openwebtext')
+    got = Tokenizer(data.tokenizer).decode(data.read('train', [0], data.tokens['train'])[0])
+    assert got == ''.join(f'{text}<|endoftext|>' for text in texts[1:])
+
+
+@needs_gpt2
 def test_prepare_gpt2_text(place):
-    pytest.importorskip('tiktoken')
     prepare.main(['text', '--train_path=a.txt', '--val_path=a.txt', '--tokenizer=gpt2'])
     data = Dataset('data', 'text')
     assert data.vocab_size == 50257 and data.dtype == 'uint16'
