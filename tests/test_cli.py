@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import configurator
+import plot
 import prepare
 import sample
 import train
@@ -222,6 +223,27 @@ def test_unprepared_and_short_data(place):
     assert 'run: python prepare.py nothing' in refused(train.main, '--dataset=nothing', *TINY)
     assert 'fewer than block_size' in refused(train.main, '--dataset=text', *TINY, '--block_size=4096')
     assert 'vocab_size=3 is smaller' in refused(train.main, '--dataset=text', *TINY, '--vocab_size=3')
+
+
+# -- curves
+
+
+def test_plot_draws_a_run(trained, capsys):
+    pytest.importorskip('matplotlib')
+    pytest.importorskip('plotext')
+    assert plot.main(['out']) == 0
+    assert 'last validation loss' in capsys.readouterr().out
+    assert Path('out/loss.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('argv, words', [((), 'out_dir of at least one run'), (('none',), 'none/log.jsonl: No such file'),
+                                         (('bad',), 'not the log of a run'), (('empty',), 'nothing has been logged')])
+def test_plot_refuses(tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    for name, text in ('bad', 'no json'), ('empty', ''):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text(text)
+    assert words in refused(plot.main, *argv)
 
 
 # -- checkpoints and samples
