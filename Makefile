@@ -28,7 +28,7 @@ lint: .venv/ready
 # MAC, the Transformer, and MAC with its memory frozen from the start: 3 seeds, two lengths, about 100 minutes on one core
 compare: .venv/ready
 	$(BIN)/python prepare.py stdlib
-	for shape in "256 4 800" "1024 1 400"; do set -- $$shape; for seed in 1 2 3; do \
+	set -e; for shape in "256 4 800" "1024 1 400"; do set -- $$shape; for seed in 1 2 3; do \
 	  run="$(BIN)/python train.py config/compare_cpu.py --block_size=$$1 --batch_size=$$2 --max_iters=$$3 --seed=$$seed"; \
 	  $$run --out_dir=out/compare/mac-$$1-$$seed; \
 	  $$run --out_dir=out/compare/frozen-$$1-$$seed --update_memory=False; \

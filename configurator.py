@@ -8,6 +8,7 @@ public name in it must be an option. Every mistake is a UserError: one line that
 """
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import typing
@@ -96,7 +97,10 @@ def parse(name, text, hint, where):
         return text.lower() == 'true'
     if hint in (int, float):
         try:
-            return hint(text)
+            value = hint(text)
+            if math.isfinite(value):
+                return value
+            raise ValueError
         except ValueError:
             raise UserError(f"{where}: {name} must be a value of type {hint.__name__}, not '{text}'") from None
     return check(name, text, hint, where)
@@ -109,6 +113,8 @@ def run(main):
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -85,38 +85,52 @@ class Writer:
         self.tokens = {'train': 0, 'val': 0}
 
     def __enter__(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.makedirs(self.folder)
-        self.files = {split: open(os.path.join(self.folder, split + '.bin'), 'wb') for split in self.tokens}
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.makedirs(self.folder)
+            self.files = {split: open(os.path.join(self.folder, split + '.bin'), 'wb') for split in self.tokens}
+        except OSError as error:
+            raise self.failed(error) from None
         self.sums = {split: hashlib.sha256() for split in self.tokens}
         return self
 
+    def failed(self, error):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return UserError(f"cannot write {self.final}: {error.strerror or error}; nothing was changed")
+
     def add(self, split, ids):
         data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self.files[split].write(data)
+        try:
+            self.files[split].write(data)
+        except OSError as error:
+            raise self.failed(error) from None
         self.sums[split].update(data)
         self.tokens[split] += len(ids)
 
     def __exit__(self, kind, error, trace):
-        for f in self.files.values():
-            f.close()
-        if kind is None and min(self.tokens.values()) < 2:
-            kind = UserError
-            shutil.rmtree(self.folder)
-            raise UserError(f"{self.final}: {self.tokens['train']} training and {self.tokens['val']} validation tokens "
-                            "are not enough; give longer files")
-        if kind is not None:
-            shutil.rmtree(self.folder)
-            if issubclass(kind, OSError):
-                raise UserError(f"{self.final}: {error.strerror or error}; nothing was written") from None
-            return
-        meta = {'tokenizer': self.tokenizer.spec, 'vocab_size': self.tokenizer.vocab_size,
-                'dtype': np.dtype(self.dtype).name, 'tokens': self.tokens,
-                'sha256': {split: s.hexdigest() for split, s in self.sums.items()}}
-        with open(os.path.join(self.folder, 'meta.json'), 'w', encoding='utf-8') as f:
-            json.dump(meta, f, indent=1)
-        shutil.rmtree(self.final, ignore_errors=True)
-        os.replace(self.folder, self.final)
+        try:
+            for f in self.files.values():
+                f.close()
+            if kind is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return
+            if min(self.tokens.values()) < 2:
+                shutil.rmtree(self.folder)
+                raise UserError(f"{self.final}: {self.tokens['train']} training and {self.tokens['val']} validation tokens "
+                                "are not enough; give longer files")
+            meta = {'tokenizer': self.tokenizer.spec, 'vocab_size': self.tokenizer.vocab_size,
+                    'dtype': np.dtype(self.dtype).name, 'tokens': self.tokens,
+                    'sha256': {split: s.hexdigest() for split, s in self.sums.items()}}
+            with open(os.path.join(self.folder, 'meta.json'), 'w', encoding='utf-8') as f:
+                json.dump(meta, f, indent=1)
+            old = self.final + '.old'
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.exists(self.final):
+                os.replace(self.final, old)
+            os.replace(self.folder, self.final)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as problem:
+            raise self.failed(problem) from None
         print(f"{self.final}: {self.tokens['train']:,} training and {self.tokens['val']:,} validation tokens, "
               f"vocabulary {self.tokenizer.vocab_size:,}")
 
@@ -126,22 +140,24 @@ class Dataset:
 
     def __init__(self, data_dir, name):
         self.folder = os.path.join(data_dir, name)
-        self.remedy = f"run: python prepare.py {name}"
+        self.remedy = (f"run: python prepare.py {name}" + (' --train_path=FILE' if name == 'text' else '')
+                       + (f' --data_dir={data_dir}' if data_dir != 'data' else ''))
         try:
             with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
                 meta = json.load(f)
             self.meta, self.vocab_size, self.tokens = meta, meta['vocab_size'], meta['tokens']
             self.tokenizer, self.sha256, self.dtype = meta['tokenizer'], meta['sha256'], np.dtype(meta['dtype'])
-        except FileNotFoundError:
+            sizes = {split: int(self.tokens[split]) * self.dtype.itemsize for split in ('train', 'val')}
+        except OSError:
             raise UserError(f"data set '{name}' is not prepared in {data_dir}/; {self.remedy}") from None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             raise UserError(f"{self.folder}/meta.json is damaged; {self.remedy}") from None
-        for split, count in self.tokens.items():
+        for split, expected in sizes.items():
             path = os.path.join(self.folder, split + '.bin')
             size = os.path.getsize(path) if os.path.exists(path) else -1
-            if size != count * self.dtype.itemsize:
+            if size != expected:
                 raise UserError(f"{path} is {'missing' if size < 0 else f'{size:,} bytes'} where meta.json says "
-                                f"{count * self.dtype.itemsize:,} bytes; {self.remedy}")
+                                f"{expected:,} bytes; {self.remedy}")
 
     def read(self, split, starts, length):
         """(len(starts), length) token ids, int64, from the given offsets: read, not mapped, so memory stays flat."""
@@ -158,15 +174,15 @@ class Dataset:
                             f"{block_size + 1}; prepare more text or lower block_size")
         return self.tokens[split] - block_size
 
-    def random(self, split, rows, block_size, key):
-        """Inputs and targets (rows, block_size) at offsets drawn from `key`, a list of ints."""
-        starts = np.random.default_rng(key).integers(0, self.room(split, block_size), rows)
+    def random(self, split, rows, block_size, key, mine=slice(None)):
+        """Inputs and targets (rows, block_size) at offsets drawn from `key`, a list of ints; of all rows only `mine`."""
+        starts = np.random.default_rng(key).integers(0, self.room(split, block_size), rows)[mine]
         block = self.read(split, starts, block_size + 1)
         return block[:, :-1], block[:, 1:]
 
-    def contiguous(self, split, rows, block_size, step, seed):
-        """Inputs and targets where each row goes on from where its row of step - 1 ended (and round, at the end)."""
+    def contiguous(self, split, rows, block_size, step, seed, mine=slice(None)):
+        """Inputs and targets where each row goes on from where it ended at step - 1 (and round, at the end); only `mine`."""
         room = self.room(split, block_size)
         first = np.random.default_rng([seed]).integers(room) + np.arange(rows) * (room // rows)
-        block = self.read(split, (first + step * block_size) % room, block_size + 1)
+        block = self.read(split, ((first + step * block_size) % room)[mine], block_size + 1)
         return block[:, :-1], block[:, 1:]

@@ -89,6 +89,9 @@ class TitansConfig:
             need(0 < value < 1 if open_ends else 0 <= value <= 1,
                  f"{name}={value} must be {'in (0, 1)' if open_ends else 'in [0, 1]'} "
                  f"with memory_gates='{self.memory_gates}'")
+        if self.memory_gates == 'hard':  # nothing would ever tell such a gate to open, or to close
+            need(self.memory_momentum > 0, "memory_momentum=0 gets no gradient with memory_gates='hard'; start above 0")
+            need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1")
         self.memory_blocks()
 
     def memory_blocks(self):
@@ -125,10 +128,10 @@ class MemoryState(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys are kept unrotated: positions count from the oldest key in sight, so a stream never runs out of them."""
+    """Keys are kept unrotated; positions count from the segment's start (mac) or the oldest key (gpt): they never run out."""
     k: torch.Tensor   # (B, n_head, S, C / n_head)
     v: torch.Tensor   # as k
-    pos: torch.Tensor  # where each key stands in the segment (mac) or window (gpt)   (S,)
+    pos: torch.Tensor  # where each key stands   (S,)
 
 
 class BlockState(NamedTuple):
@@ -196,11 +199,12 @@ def causal_conv(x, weight, tail):
 
 
 def decay_products(x):
-    """x (..., N) in [0, 1] -> L (..., N+1, N+1), L[t, s] = product of x_j over s < j <= t, 0 above the diagonal.
-    An x of exactly 0 gets no gradient, as it would not from the clamp that put it there."""
-    # exp of a difference of sums of logs: no division, and a zero costs nothing but a very negative log
-    sums = F.pad(x.clamp_min(1e-30).log().cumsum(-1), (1, 0))
-    logs = sums[..., :, None] - sums[..., None, :]
+    """x (..., N) in [0, 1] -> L (..., N+1, N+1), L[t, s] = product of x_j over s < j <= t, 0 above the diagonal."""
+    # exp of a difference of sums of logs: no division. A zero is a log of -69, for which float32 sums have too few digits;
+    # it gets no gradient itself.
+    wide = x if x.device.type == 'mps' else x.double()
+    sums = F.pad(wide.clamp_min(1e-30).log().cumsum(-1), (1, 0))
+    logs = (sums[..., :, None] - sums[..., None, :]).to(x.dtype)
     future = torch.ones(logs.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return logs.masked_fill(future, float('-inf')).exp()
 
@@ -286,7 +290,7 @@ class NeuralMemory(nn.Module):
     # -- what depends on the input alone
 
     def heads(self, x):
-        """(B, T, H * D) -> (B, H, T, D), in the memory's own precision: float32 at least, whatever autocast says."""
+        """(B, T, H * D) -> (B, H, T, D), in the precision of the parameters, whatever autocast says."""
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.gain.dtype)
 
     def project(self, x, weight, conv, tail):
@@ -303,7 +307,7 @@ class NeuralMemory(nn.Module):
         return F.normalize(self.heads(q), dim=-1), tail
 
     def gate(self, x):
-        """theta, eta, alpha of each token of x (B, T, C), float32 at least.   3 of (B, H, T)"""
+        """theta, eta, alpha of each token of x (B, T, C), in the precision of the parameters.   3 of (B, H, T)"""
         B, T, _ = x.shape
         if self.c_gates is None:
             return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
@@ -639,8 +643,8 @@ class TitansGPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        has_memory = config.memory_blocks()
-        self.blocks = nn.ModuleList(BLOCKS[config.arch](config, i in has_memory) for i in range(config.n_layer))
+        with_memory = config.memory_blocks()
+        self.blocks = nn.ModuleList(BLOCKS[config.arch](config, i in with_memory) for i in range(config.n_layer))
         self.norm_f = RMSNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
@@ -702,15 +706,15 @@ class TitansGPT(nn.Module):
             logits, _, state = self(piece, state=state, update_memory=update_memory)
         seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
         for _ in range(max_new_tokens):
-            token = sample(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
+            token = draw(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
             seen = seen.scatter(1, token, True)
             yield token
             logits, _, state = self(token, state=state, update_memory=update_memory)
         return state
 
-    def generate(self, idx, max_new_tokens, **options):
-        """The prompt idx (B, T) and its continuation (B, T + max_new_tokens); options as for stream()."""
-        tokens = itertools.islice(self.stream(idx, max_new_tokens, **options), max_new_tokens)
+    def generate(self, idx, max_new_tokens, *args, **options):
+        """The prompt idx (B, T) and its continuation (B, T + max_new_tokens); the other arguments are those of stream()."""
+        tokens = itertools.islice(self.stream(idx, max_new_tokens, *args, **options), max_new_tokens)
         return torch.cat((idx, *tokens), dim=1)
 
     def parameter_groups(self, weight_decay):
@@ -720,7 +724,7 @@ class TitansGPT(nn.Module):
                 {'params': [p for p in params if p.dim() != 2], 'weight_decay': 0.0}]
 
 
-def sample(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+def draw(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
     """One token a row from logits (B, vocab); seen (B, vocab) marks what the repetition penalty bears on. -> (B, 1)"""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -737,5 +741,6 @@ def sample(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; the likeliest always stays
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float('-inf'))
+        out = (before >= top_p) & (before > 0)
+        logits = logits.masked_fill(out.scatter(1, order, out), float('-inf'))
     return torch.multinomial(logits.softmax(-1), 1)

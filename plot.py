@@ -5,7 +5,6 @@ Draw the loss curves of one run or several, from their log.jsonl: in the termina
 """
 import json
 import os
-import sys
 
 import configurator
 from configurator import UserError
@@ -29,8 +28,11 @@ def read(out_dir):
 
 
 def main(argv):
+    if {'-h', '--help'} & set(argv):
+        print(__doc__.strip())
+        return 0
     if not argv or argv[0].startswith('-'):
-        raise UserError("give the out_dir of at least one run" if '--help' not in argv else __doc__.strip())
+        raise UserError("give the out_dir of at least one run")
     curves = {out_dir: read(out_dir) for out_dir in argv}
     try:
         import matplotlib
@@ -61,4 +63,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(configurator.run(main))
+    configurator.run(main)

@@ -7,18 +7,19 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
 
---source=PATH takes a file already on disk instead of a download.
+--source=PATH takes a file already on disk instead of a download (shakespeare*), or another folder of Python (stdlib).
 """
 import hashlib
+import http.client
 import itertools
 import os
 import sysconfig
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, load, run
@@ -31,7 +32,7 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 @dataclass
 class PrepareConfig:
     data_dir: str = 'data'
-    source: str = ''        # a file already on disk, instead of the download
+    source: str = ''        # shakespeare*: a file already on disk; stdlib: a folder of Python source
     train_path: str = ''    # text: the training file
     val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
     tokenizer: Literal['byte', 'char', 'gpt2'] = 'byte'  # text
@@ -42,9 +43,9 @@ def download(url, path, sha256=''):
     """url -> path, through a temporary file that is renamed once complete and right. UserError if that cannot be."""
     if os.path.exists(path):
         return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = path + '.partial'
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(partial, 'wb') as f:
             total = int(response.headers.get('Content-Length') or 0)
             with tqdm(total=total or None, unit='B', unit_scale=True, desc=os.path.basename(path)) as bar:
@@ -55,7 +56,7 @@ def download(url, path, sha256=''):
             raise UserError(f"{url}: the download broke off; try again, or give the file with --source=PATH")
         verify(partial, sha256)
         os.replace(partial, path)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise UserError(f"{url}: {getattr(error, 'reason', error)}; without network give the file with "
                         "--source=PATH") from None
     finally:
@@ -89,8 +90,9 @@ def write_texts(name, config, kind, train, val):
     tokenizer = Tokenizer(spec)
     with Writer(config.data_dir, name, tokenizer) as writer:
         for split, text in ('train', train), ('val', val):
-            for at in range(0, len(text), 1 << 20) if kind != 'gpt2' else [0]:  # BPE merges must not meet a cut
-                writer.add(split, tokenizer.encode(text[at:at + (1 << 20)] if kind != 'gpt2' else text))
+            size = max(len(text), 1) if kind == 'gpt2' else 1 << 20  # BPE merges must not meet a cut
+            for at in range(0, len(text), size):
+                writer.add(split, tokenizer.encode(text[at:at + size]))
 
 
 def stdlib(config):
@@ -106,7 +108,7 @@ def stdlib(config):
         for path in tqdm(paths, desc='stdlib', unit='file'):
             name = path.relative_to(root).as_posix()
             split = 'val' if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else 'train'
-            writer.add(split, list(path.read_bytes() + b'\0'))
+            writer.add(split, np.frombuffer(path.read_bytes() + b'\0', np.uint8))
 
 
 def shakespeare_text(config):
@@ -149,17 +151,19 @@ def openwebtext(config):
     from multiprocessing import Pool
     tokenizer = Tokenizer({'kind': 'gpt2'})
     try:
-        documents = load_dataset('Skylion007/openwebtext', split='train', streaming=True)
-        with (Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool,
-              tqdm(desc='openwebtext', unit='doc', total=8013769) as bar):
-            stream = iter(documents)
-            while batch := [d['text'] for d in itertools.islice(stream, 8192)]:  # a pool would queue the whole corpus
-                for ids in pool.imap(encode_document, batch, chunksize=64):
-                    writer.add('val' if bar.n % 2000 == 0 else 'train', ids)
-                    bar.update()
-    except (ConnectionError, OSError) as error:
-        raise UserError(f"openwebtext: {str(error).splitlines()[0] if str(error) else type(error).__name__}; it has to be "
-                        "downloaded, check the network") from None
+        stream = iter(load_dataset('Skylion007/openwebtext', split='train', streaming=True))
+        first = next(stream)
+    except Exception as error:  # the library passes on whatever hub and network raise
+        reason = f"{type(error).__name__}: {str(error) or 'no reason given'}".splitlines()[0]
+        raise UserError(f"openwebtext cannot be read from the hub ({reason}); check the network and the version of "
+                        "datasets") from None
+    stream = itertools.chain([first], stream)
+    with (Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool,
+          tqdm(desc='openwebtext', unit='doc', total=8013769) as bar):
+        while batch := [d['text'] for d in itertools.islice(stream, 8192)]:  # a pool would queue the whole corpus
+            for ids in pool.imap(encode_document, batch, chunksize=64):
+                writer.add('val' if bar.n % 2000 == 0 else 'train', ids)
+                bar.update()
 
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text)}
@@ -171,6 +175,10 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
+    if config.source and names[0] in ('text', 'openwebtext'):
+        raise UserError(f"--source is not for {names[0]}" + ("; give --train_path=FILE" if names[0] == 'text' else ""))
+    if config.num_proc < 0:
+        raise UserError(f"num_proc={config.num_proc} must not be negative")
     CORPORA[names[0]](config)
 
 

@@ -78,6 +78,9 @@ class TrainConfig(TitansConfig):
         for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         for name in ('max_iters', 'tbptt', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'weight_decay', 'seed'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -133,9 +136,10 @@ def pick_device(name):
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
-    if name.split(':')[0] not in there:
-        raise UserError(f"device='{name}' must be auto, cuda, mps or cpu")
-    if not there[name.split(':')[0]]():
+    kind, _, index = name.partition(':')
+    if kind not in there or (index and not index.isdecimal()):
+        raise UserError(f"device='{name}' must be auto, cuda, cuda:N, mps or cpu")
+    if not there[kind]():
         raise UserError(f"device='{name}' is not there; --device=auto takes what is")
     return name
 
@@ -189,7 +193,8 @@ class Run:
             self.data.room(split, config.block_size)
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         self.log_path = os.path.join(config.out_dir, 'log.jsonl')
-        self.step, self.best_val_loss, self.stop, self.wandb = 0, math.inf, None, None
+        self.step, self.best_val_loss, self.saved, self.skipped = 0, math.inf, None, 0
+        self.stop, self.wandb = None, None
         self.micro_steps = config.gradient_accumulation_steps // self.process.world
         self.states = [None] * self.micro_steps  # carried state, one a micro-batch of this process
 
@@ -206,7 +211,7 @@ class Run:
         self.model = torch.compile(self.raw) if config.compile else self.raw
         if self.process.world > 1:
             self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
-        self.attention = f"scaled_dot_product_attention, {str(dtype).removeprefix('torch.')}"
+        self.attention = f"scaled_dot_product_attention under an explicit mask, {str(dtype).removeprefix('torch.')}"
 
     # -- checkpoints
 
@@ -215,23 +220,28 @@ class Run:
         checkpoint.same_model(content, self.config, self.path)
         try:
             self.raw.load_state_dict(content['model'])
+            groups = [{k: g[k] for k in ('weight_decay', 'betas', 'fused')} for g in self.optimizer.param_groups]
             self.optimizer.load_state_dict(content['optimizer'])
+            for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(asked)  # what the command says now, not what it said then
             self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
-            packed = content['states']
+            packed, then = content['states'], content['train_config']
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path}: cannot resume from it: {str(error).splitlines()[0]}") from None
+        self.saved = self.step
         if content['provenance']['data'] != self.data.sha256:
             raise UserError(f"{self.path} was trained on other data than what {self.data.folder} holds now")
         if packed and self.config.carry_state:
-            mine = packed[self.process.rank::self.process.world]
+            names = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'seed')  # these say which text a row reads
+            differ = [f"{n}={then[n]} there, {getattr(self.config, n)} asked for" for n in names
+                      if then[n] != getattr(self.config, n)]
+            if differ:
+                raise UserError(f"{self.path} carries the state of other rows: {', '.join(differ)}; give the values it was "
+                                "trained with, or carry_state=False")
             like = self.raw.init_state(1)
-            self.states = [checkpoint.unpack_state(p, like, self.device) for p in mine]
-            rows = {s.blocks[-1].kv.k.size(0) for s in self.states}
-            if len(packed) != self.config.gradient_accumulation_steps or rows != {self.config.batch_size}:
-                raise UserError(f"{self.path} carries {len(packed)} states of {rows.pop()} rows, not "
-                                f"gradient_accumulation_steps={self.config.gradient_accumulation_steps} of "
-                                f"batch_size={self.config.batch_size}; give the values it was trained with")
+            self.states = [checkpoint.unpack_state(p, like, self.device)
+                           for p in packed[self.process.rank::self.process.world]]
 
     def save(self, best=False):
         """ckpt.pt, and a copy as best.pt. Every process calls it, since each has its part of the carried state."""
@@ -249,21 +259,22 @@ class Run:
                                   'torch': str(torch.__version__)},
                    'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(),
                    'scaler': self.scaler.state_dict(), 'states': packed}
-        checkpoint.save(self.path, content)
-        if best:
+        if best:  # first: once ckpt.pt says what the best loss is, best.pt must have it
             checkpoint.save(os.path.join(self.config.out_dir, 'best.pt'), content)
+        checkpoint.save(self.path, content)
+        self.saved = self.step
 
     # -- batches; micro-batch m of a step has the same rows however many processes there are
 
     def batch(self, micro):
         config = self.config
         rows, m = config.batch_size * config.gradient_accumulation_steps, micro * self.process.world + self.process.rank
-        if config.carry_state:
-            x, y = self.data.contiguous('train', rows, config.block_size, self.step, config.seed)
-        else:
-            x, y = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step])
         mine = slice(m * config.batch_size, (m + 1) * config.batch_size)
-        return self.to_device(x[mine]), self.to_device(y[mine]), m
+        if config.carry_state:
+            x, y = self.data.contiguous('train', rows, config.block_size, self.step, config.seed, mine)
+        else:
+            x, y = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step], mine)
+        return self.to_device(x), self.to_device(y), m
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -286,7 +297,7 @@ class Run:
     # -- the step
 
     def train_step(self):
-        """One update of the weights. -> mean loss, gradient norm; a non-finite one leaves the weights as they were."""
+        """One update of the weights. -> mean loss, gradient norm; UserError, the weights as they were, if one is not finite."""
         config = self.config
         lr = get_lr(self.step, config)
         for group in self.optimizer.param_groups:
@@ -305,6 +316,8 @@ class Run:
                 with self.autocast:
                     _, loss, state = self.model(x_, y_, state, config.update_memory)
                 loss = loss * (x_.size(1) / x.size(1) / self.micro_steps)
+                if self.process.world > 1 and i:  # DDP wants every parameter in its last backward, M_0 was in the first
+                    loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
                 self.scaler.scale(loss).backward()
                 state = detach_state(state)
                 total += loss.detach()
@@ -313,7 +326,7 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf).item()
         loss = self.process.mean(total).item()
         if not self.finite(loss, norm):
-            return loss, norm
+            raise UserError(self.gone_wrong(loss, norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -322,8 +335,15 @@ class Run:
         return loss, norm
 
     def finite(self, loss, norm):
-        """fp16's scaler skips a step with an infinite gradient by itself, and that is part of its trade."""
-        return math.isfinite(loss) and (self.scaler.is_enabled() or math.isfinite(norm))
+        """fp16's scaler skips a step with an infinite gradient by itself, part of its trade unless it goes on and on."""
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        return math.isfinite(loss) and (math.isfinite(norm) or (self.scaler.is_enabled() and self.skipped <= 20))
+
+    def gone_wrong(self, loss, norm):
+        what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
+        kept = "nothing was saved yet" if self.saved is None else f"{self.path} keeps the last good one, step {self.saved}"
+        return (f"the {what} became {value} at step {self.step}; {kept}; try a lower learning_rate or memory_lr, or "
+                "memory_stable=True")
 
     @torch.no_grad()
     def evaluate(self):
@@ -371,7 +391,7 @@ class Run:
 
     def open_logs(self):
         config = self.config
-        if not self.process.main:
+        if not self.process.main or config.eval_only:
             return
         try:
             os.makedirs(config.out_dir, exist_ok=True)
@@ -379,17 +399,23 @@ class Run:
             if config.init_from == 'resume' and os.path.exists(self.log_path):
                 with open(self.log_path, encoding='utf-8') as f:  # what came after the checkpoint will come again
                     kept = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= self.step]
-            with open(self.log_path, 'w', encoding='utf-8') as f:
+            with open(self.log_path + '.partial', 'w', encoding='utf-8') as f:
                 f.writelines(kept)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write {self.log_path}: {error}") from None
+            os.replace(self.log_path + '.partial', self.log_path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.log_path} is damaged; move it away to resume without it") from None
         if config.wandb_log:
             try:
                 import wandb
             except ImportError:
                 raise UserError("wandb_log=True needs wandb: pip install 'nanotitans[wandb]'") from None
-            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
-                                    config=dataclasses.asdict(config))
+            try:
+                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
+                                        config=dataclasses.asdict(config))
+            except wandb.Error as error:
+                raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
 
     def table(self):
         config = self.config
@@ -407,7 +433,7 @@ class Run:
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
             span = f"{1 / (1 - eta):.1f} tokens" if eta < 1 else 'for ever'
             learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
-            rows += [('memory', f"{size:,} bytes a sequence, depth {config.memory_depth}, {config.memory_heads} heads, "
+            rows += [('memory', f"{size:,} bytes a sequence (M and S), depth {config.memory_depth}, {config.memory_heads} heads, "
                                 f"blocks {','.join(map(str, config.memory_blocks()))}"
                                 f"{'' if config.update_memory else ', frozen'}"),
                      ('gates', f"{config.memory_gates}; they start here {learnt}:"),
@@ -423,12 +449,13 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = signal.Signals(number).name
+        self.say(f"{self.stop}: stopping after this step; once more stops at once, without saving")
 
     def loop(self):
         config = self.config
         resumed_at, since, steps = self.step if config.init_from == 'resume' else -1, time.time(), 0
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        resume = f"python train.py ... --out_dir={config.out_dir} --init_from=resume"
+        resume = f"python {' '.join(a for a in sys.argv if not a.startswith('--init_from'))} --init_from=resume"
         speed = None
         while True:
             last = self.step >= config.max_iters
@@ -452,11 +479,6 @@ class Run:
             if last:
                 return 0
             loss, norm = self.train_step()
-            if not self.finite(loss, norm):
-                kept = f"{self.path} keeps the last good step" if os.path.exists(self.path) else "nothing was saved yet"
-                what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
-                raise UserError(f"the {what} became {value} at step {self.step}; {kept}; "
-                                "try a lower learning_rate or memory_lr, or memory_stable=True")
             steps += 1
             if self.step % config.log_interval == 0:
                 spent = (time.time() - since) / steps
@@ -490,4 +512,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(configurator.run(main))
+    configurator.run(main)

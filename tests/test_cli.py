@@ -60,6 +60,9 @@ def refused(main, *argv):
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
     ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
     ('--batch_size=0', ('batch_size=0',)),
+    ('--learning_rate=nan', ('learning_rate', 'float')),
+    ('--beta1=2', ('beta1=2.0',)),
+    ('--device=cpu:x', ("device='cpu:x'",)),
     ('--reset_prob=2', ('reset_prob=2.0',)),
     ('config/no_such.py', ('config/no_such.py: no such config file',)),
 ])
@@ -216,10 +219,12 @@ def damage(name):
 def test_damaged_data_is_refused(place, name, words):
     damage(name)
     message = refused(train.main, '--dataset=text', *TINY)
-    assert words in message and 'python prepare.py text' in message
+    assert words in message and 'python prepare.py text --train_path=FILE' in message
 
 
 def test_unprepared_and_short_data(place):
+    assert 'is not prepared' in refused(train.main, '--dataset=text', *TINY, '--data_dir=a.txt')
+    assert 'cannot write' in refused(prepare.main, 'text', '--train_path=a.txt', '--data_dir=a.txt')
     assert 'run: python prepare.py nothing' in refused(train.main, '--dataset=nothing', *TINY)
     assert 'fewer than block_size' in refused(train.main, '--dataset=text', *TINY, '--block_size=4096')
     assert 'vocab_size=3 is smaller' in refused(train.main, '--dataset=text', *TINY, '--vocab_size=3')
@@ -267,6 +272,10 @@ def test_sample_reads_files_and_stdin(trained):
 
 
 def test_interactive_carries_the_state(trained):
+    sampler = sample.Sampler(configurator.load(sample.SampleConfig, ['--max_new_tokens=5', '--device=cpu']))
+    state, made = sampler.stream(sampler.encode('def f'), None)
+    assert state.pos == 10 and made == 5
+    assert sampler.stream(sampler.encode('x'), state)[0].pos == 16
     done = subprocess.run([sys.executable, str(HERE / 'sample.py'), '--interactive', '--max_new_tokens=5', '--device=cpu'],
                           input='def f\nreturn\n', capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count('> ') == 3 and 'Traceback' not in done.stderr
@@ -305,9 +314,15 @@ def test_foreign_checkpoints_are_refused(trained):
     assert 'no such checkpoint' in refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--out_dir=new')
 
 
+def test_eval_only_leaves_the_log(trained, capsys):
+    before = Path('out/log.jsonl').read_text()
+    assert train.main(['--dataset=text', *TINY, '--init_from=resume', '--eval_only']) == 0
+    assert 'val loss' in capsys.readouterr().out and Path('out/log.jsonl').read_text() == before
+
+
 def test_resume_refuses_other_data_and_rows(place):
     assert train.main(['--dataset=text', *TINY, '--carry_state']) == 0
-    assert 'give the values it was trained with' in refused(
+    assert 'batch_size=2 there, 3 asked for' in refused(
         train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume', '--batch_size=3')
     Path('b.txt').write_text(TEXT[::-1])
     prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])

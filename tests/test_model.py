@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import TitansConfig, TitansGPT, detach_state, map_state
+from model import TitansConfig, TitansGPT, detach_state, draw, map_state
 
 SEGMENT, CHUNK = 8, 4
 VARIANTS = {
@@ -121,17 +121,16 @@ def test_every_token_is_read_once(variant):
 
 
 def test_sampling_filters():
-    from model import sample
     logits, seen = torch.tensor([[4.0, 3.0, 2.0, -1.0]]), torch.tensor([[True, False, False, False]])
 
     def drawn(**options):
         options = {'temperature': 1.0, 'top_k': None, 'top_p': None, 'min_p': None, 'repetition_penalty': 1.0} | options
         torch.manual_seed(0)
-        return {sample(logits, seen, **options).item() for _ in range(300)}
+        return {draw(logits, seen, **options).item() for _ in range(300)}
 
     assert drawn(temperature=3.0) == {0, 1, 2, 3}
     assert drawn(temperature=3.0, top_k=2) == {0, 1}
-    assert drawn(top_p=0.6) == {0}
+    assert drawn(top_p=0.6) == drawn(top_p=0.0) == {0}
     assert drawn(top_p=0.7) == {0, 1}
     assert drawn(min_p=0.2) == {0, 1}
     assert drawn(temperature=0) == {0}
@@ -241,6 +240,7 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
     ({'memory_layers': 'some'}, ("memory_layers='some'", "'0,2'")),
     ({'memory_decay': 0.0}, ('memory_decay=0.0', "memory_gates='sigmoid'")),
     ({'memory_momentum': 1.5, 'memory_gates': 'hard'}, ('memory_momentum=1.5', "memory_gates='hard'")),
+    ({'memory_momentum': 0.0, 'memory_gates': 'hard'}, ('memory_momentum=0', "memory_gates='hard'")),
     ({'arch': 'rnn'}, ("arch='rnn'", 'mac')),
     ({'dropout': 1.0}, ('dropout=1.0',)),
 ])

@@ -112,13 +112,16 @@ def test_reset_rows_start_from_m0_and_train_it(data_dir, tmp_path):
     torch.testing.assert_close(kept.blocks[0].memory.weights, carried.blocks[0].memory.weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('tbptt', [0, 1])
-def test_tbptt_changes_gradients_not_losses(data_dir, tmp_path, tbptt):
-    run = Run(tiny(data_dir, out_dir=str(tmp_path), tbptt=tbptt, block_size=32, dtype='float32'))
-    x, y, _ = run.batch(0)
-    whole = run.raw(x, y)[1].item()
-    loss, _ = run.train_step()
-    assert abs(loss - whole) < 1e-5
+def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
+    """The same loss, another gradient: what a later span asks of M_0 and of earlier writes is cut off."""
+    losses, grads = [], []
+    for tbptt in (0, 1):
+        run = Run(tiny(data_dir, out_dir=str(tmp_path), tbptt=tbptt, block_size=32, learning_rate=0.0, min_lr=0.0))
+        run.optimizer.zero_grad = lambda **_: None
+        losses.append(run.train_step()[0])
+        grads.append(run.raw.blocks[0].memory.initial[0].grad)
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert (grads[0] - grads[1]).norm() > 0.01 * grads[0].norm()
 
 
 def test_canary_no_loss_below_entropy(tmp_path):
@@ -168,7 +171,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(data_dir, tmp_path, monkey
         return batch(self, micro)
 
     monkeypatch.setattr(Run, 'batch', poison)
-    with pytest.raises(UserError, match='loss became nan at step 4.*keeps the last good step'):
+    with pytest.raises(UserError, match='loss became nan at step 4.*keeps the last good one, step 3'):
         train.train(config)
     content = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))
     assert content['step'] == 3 and all(x.isfinite().all() for x in content['model'].values())
@@ -209,11 +212,12 @@ def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
     assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['step'] >= 3
 
 
-def test_two_processes_train_as_one(data_dir, tmp_path):
+@pytest.mark.parametrize('options', [{'carry_state': True}, {'tbptt': 1}], ids=str)
+def test_two_processes_train_as_one(data_dir, tmp_path, options):
     """The same tokens a step whatever the number of processes, so the same losses."""
     losses = []
     for world in (1, 2):
-        config = tiny(data_dir, out_dir=str(tmp_path / str(world)), gradient_accumulation_steps=2, carry_state=True)
+        config = tiny(data_dir, out_dir=str(tmp_path / str(world)), gradient_accumulation_steps=2, **options)
         flags = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if f.name != 'vocab_size']
         launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
         done = subprocess.run([*launch, 'train.py', *flags], cwd=HERE, capture_output=True, text=True,
@@ -221,5 +225,5 @@ def test_two_processes_train_as_one(data_dir, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         rows = [json.loads(line) for line in open(os.path.join(config.out_dir, 'log.jsonl'))]
         losses.append([row.get('loss', row.get('val_loss')) for row in rows])
-        assert len(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['states']) == 2
+        assert len(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['states']) == 2 * config.carry_state
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
