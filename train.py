@@ -433,7 +433,8 @@ class Run:
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
             span = f"{1 / (1 - eta):.1f} tokens" if eta < 1 else 'for ever'
             learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
-            rows += [('memory', f"{size:,} bytes a sequence (M and S), depth {config.memory_depth}, {config.memory_heads} heads, "
+            rows += [('memory', f"{size:,} bytes a sequence (M and S), depth {config.memory_depth}, "
+                                f"{config.memory_heads} heads, "
                                 f"blocks {','.join(map(str, config.memory_blocks()))}"
                                 f"{'' if config.update_memory else ', frozen'}"),
                      ('gates', f"{config.memory_gates}; they start here {learnt}:"),
@@ -449,7 +450,8 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
         self.stop = signal.Signals(number).name
-        self.say(f"{self.stop}: stopping after this step; once more stops at once, without saving")
+        if self.process.main:  # os.write: the signal may have come in the middle of a print
+            os.write(2, f"{self.stop}: stopping after this step; once more stops at once, without saving\n".encode())
 
     def loop(self):
         config = self.config

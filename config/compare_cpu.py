@@ -4,7 +4,7 @@ dataset = 'stdlib'
 
 n_layer = 4
 n_head = 4
-n_embd = 128        # 1.05M parameters; --arch=gpt --n_embd=152 has as many
+n_embd = 128        # 1.12M parameters; --arch=gpt --n_embd=152 has 1.15M
 memory_heads = 4
 segment_len = 64
 chunk_len = 64

@@ -133,12 +133,12 @@ def test_canary_no_loss_below_entropy(tmp_path):
     with Writer(str(tmp_path), 'random', Tokenizer({'kind': 'char', 'chars': 'abcdefghijklmnop'})) as writer:
         writer.add('train', rng.integers(0, vocab, 400_000))
         writer.add('val', rng.integers(0, vocab, 40_000))
-    run = Run(tiny(str(tmp_path), dataset='random', block_size=64, segment_len=16, chunk_len=8, batch_size=16, n_embd=32,
+    run = Run(tiny(str(tmp_path), dataset='random', block_size=48, segment_len=16, chunk_len=8, batch_size=16, n_embd=16,
                    learning_rate=3e-3, max_iters=300, out_dir=str(tmp_path)))
     for _ in range(300):
         run.train_step()
     run.raw.eval()
-    x, y = (torch.from_numpy(a) for a in run.data.random('val', 400, 64, [7]))
+    x, y = (torch.from_numpy(a) for a in run.data.random('val', 500, 48, [7]))
     with torch.no_grad():
         each = torch.nn.functional.cross_entropy(run.raw(x, y)[0].transpose(1, 2), y, reduction='none').flatten()
     assert each.mean() > math.log(vocab) - 4 * each.std() / each.numel() ** 0.5
@@ -153,9 +153,9 @@ def test_no_nan(trial, tmp_path, data_dir):
                'memory_decay': float(rng.choice([1e-5, 0.001, 0.1, 0.9])), 'memory_depth': int(rng.integers(1, 5)),
                'chunk_len': int(rng.choice([1, 4, 16, 32])), 'memory_gates': str(rng.choice(['sigmoid', 'hard', 'fixed'])),
                'carry_state': bool(rng.integers(2))}
-    run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=40, warmup_iters=5,
+    run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=25, warmup_iters=5,
                    grad_clip=1.0, out_dir=str(tmp_path)))
-    for _ in range(40):
+    for _ in range(25):
         loss, norm = run.train_step()
         assert math.isfinite(loss) and math.isfinite(norm), (run.step, options)
     assert loss < math.log(256)
