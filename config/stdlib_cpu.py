@@ -11,7 +11,7 @@ chunk_len = 64
 
 block_size = 256
 batch_size = 4
-max_iters = 800
+max_iters = 600
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 2e-4
