@@ -125,6 +125,7 @@ class MemoryState(NamedTuple):
     surprise: tuple   # S when the open chunk began                 as weights
     pending: Pending
     tail: torch.Tensor   # the convolution's last inputs            (B, memory_conv - 1, 3C)
+    written: torch.Tensor  # theta and alpha summed over the tokens read   (B, H, 2)
 
 
 class KVCache(NamedTuple):
@@ -279,7 +280,8 @@ class NeuralMemory(nn.Module):
         """A fresh memory: M_0, no surprise, nothing pending."""
         weights = tuple(w.expand(batch_size, *w.shape) for w in self.initial)
         return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), self.no_pending(batch_size),
-                           self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features))
+                           self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features),
+                           self.gain.new_zeros(batch_size, self.n_head, 2))
 
     def no_pending(self, batch_size):
         def empty(*width):
@@ -442,6 +444,7 @@ class NeuralMemory(nn.Module):
             state = state._replace(tail=tail)
             if not update_memory:
                 return self.output(self.read(self.weights_now(state), q), q, x.dtype), state
+            state = state._replace(written=state.written + torch.stack((gates[0], gates[2]), dim=-1).sum(2))
             sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
             for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
                 y, state = self.write(state, q_, k_, v_, gates_)
@@ -655,6 +658,8 @@ class TitansGPT(nn.Module):
         Linear, wte          N(0, 0.02), bias 0          as GPT-2
         */c_proj             N(0, 0.02 / sqrt(2 n_layer))  the residual stream keeps its size with depth
         memory               NeuralMemory.reset_parameters
+        MAC's c_proj         as large, but the memory's value projection transposed: what is read comes back as what was
+                             written, which makes the induction head whole
         RMSNorm 1; persist and questions N(0, 1), what a normed token looks like
         """
         memories = {id(m) for block in self.blocks if getattr(block, 'memory', None) for m in block.memory.modules()}
@@ -664,14 +669,19 @@ class TitansGPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 * scale)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            if getattr(block, 'memory', None):
+                values = block.memory.c_qkv.weight[-self.config.n_embd:]
+                block.c_proj.weight.data.copy_(values.mT * 0.02 * (self.config.n_embd / (2 * self.config.n_layer)) ** 0.5)
 
     def init_state(self, batch_size):
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))
 
-    def forward(self, idx, targets=None, state=None, update_memory=True):
+    def forward(self, idx, targets=None, state=None, update_memory=True, weights=None):
         """
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
-        mean cross-entropy in nats; without: logits of the last position (B, 1, vocab) and None.
+        mean cross-entropy in nats; without: logits of the last position (B, 1, vocab) and None. weights (B, T), of mean 1
+        over the data: how much each target counts.
         state=None starts afresh; the state returned goes on from here. update_memory=False freezes the long-term memory.
         """
         if state is None:
@@ -686,8 +696,14 @@ class TitansGPT(nn.Module):
             return self.lm_head(x[:, -1:]), None, state
         logits = self.lm_head(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        loss = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-1)
-        return logits, loss, state
+        loss = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-1,
+                               reduction='mean' if weights is None else 'none')
+        return logits, loss if weights is None else (loss * weights.flatten()).mean(), state
+
+    def written(self, state):
+        """What was written, and forgotten: theta and alpha summed over the tokens read, mean over rows, heads, blocks. (2,)"""
+        sums = [block.memory.written.mean((0, 1)) for block in state.blocks if block.memory is not None]
+        return torch.stack(sums).mean(0) if sums else self.wte.weight.new_zeros(2)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,

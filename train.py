@@ -10,6 +10,7 @@ Train a model.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -56,6 +57,9 @@ class TrainConfig(TitansConfig):
     reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
     tbptt: int = 0                  # segments between cuts of the graph; 0 = none inside a sequence
     update_memory: bool = True      # False: the memory stays at M_0, for comparison
+    write_cost: float = 0.0         # price of writing, nats per unit of mean theta: hard gates close on what is not worth it
+    forget_cost: float = 0.0        # price of forgetting, nats per unit of mean alpha
+    cost_from: float = 0.3          # the part of max_iters that goes by before the prices are asked
     # outer optimizer, AdamW
     learning_rate: float = 6e-4
     min_lr: float = 6e-5
@@ -81,20 +85,24 @@ class TrainConfig(TitansConfig):
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ('max_iters', 'tbptt', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'weight_decay', 'seed'):
+        for name in ('max_iters', 'tbptt', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'weight_decay', 'seed',
+                     'write_cost', 'forget_cost'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.reset_prob <= 1:
-            raise ValueError(f"reset_prob={self.reset_prob} must be in [0, 1]")
+        for name in ('reset_prob', 'cost_from'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         if self.carry_state and not self.memory_blocks():
             raise ValueError(f"carry_state=True needs a memory to carry: arch='{self.arch}' with "
                              f"memory_layers='{self.memory_layers}' has none")
         if self.carry_state and self.block_size % self.segment_len:
             raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of "
                              f"segment_len={self.segment_len}, so that rows can be reset at a segment's edge")
-        if self.tbptt and not self.memory_blocks():
-            raise ValueError(f"tbptt={self.tbptt} cuts the graph through the memory: arch='{self.arch}' with "
-                             f"memory_layers='{self.memory_layers}' has none")
+        for name, what in (('tbptt', "cuts the graph through the memory"), ('write_cost', "is the price of writing to memory"),
+                           ('forget_cost', "is the price of forgetting")):
+            if getattr(self, name) and not self.memory_blocks():
+                raise ValueError(f"{name}={getattr(self, name)} {what}: arch='{self.arch}' with "
+                                 f"memory_layers='{self.memory_layers}' has none")
 
     def model_config(self):
         return TitansConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TitansConfig)})
@@ -191,6 +199,9 @@ class Run:
         config.vocab_size = config.vocab_size or self.data.vocab_size
         for split in ('train', 'val'):
             self.data.room(split, config.block_size)
+        if self.data.row_len and config.carry_state:
+            raise UserError(f"carry_state=True: the rows of data set '{config.dataset}' are texts of their own, none goes on "
+                            "where another stopped")
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         self.log_path = os.path.join(config.out_dir, 'log.jsonl')
         self.step, self.best_val_loss, self.saved, self.skipped = 0, math.inf, None, 0
@@ -271,12 +282,14 @@ class Run:
         rows, m = config.batch_size * config.gradient_accumulation_steps, micro * self.process.world + self.process.rank
         mine = slice(m * config.batch_size, (m + 1) * config.batch_size)
         if config.carry_state:
-            x, y = self.data.contiguous('train', rows, config.block_size, self.step, config.seed, mine)
+            batch = self.data.contiguous('train', rows, config.block_size, self.step, config.seed, mine)
         else:
-            x, y = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step], mine)
-        return self.to_device(x), self.to_device(y), m
+            batch = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step], mine)
+        return [self.to_device(part) for part in batch], m
 
     def to_device(self, array):
+        if array is None:
+            return None
         tensor = torch.from_numpy(array)
         if self.device.type == 'cuda':
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -297,7 +310,10 @@ class Run:
     # -- the step
 
     def train_step(self):
-        """One update of the weights. -> mean loss, gradient norm; UserError, the weights as they were, if one is not finite."""
+        """
+        One update of the weights. -> mean loss, gradient norm, [mean theta, mean alpha]; UserError, the weights as they
+        were, if one of the first two is not finite.
+        """
         config = self.config
         lr = get_lr(self.step, config)
         for group in self.optimizer.param_groups:
@@ -305,26 +321,32 @@ class Run:
         noise = np.random.default_rng([config.seed, 3, self.step, self.process.rank])
         torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
         cut = config.tbptt * config.segment_len or config.block_size
-        total, states = torch.zeros((), device=self.device), list(self.states)
+        total, written, states = torch.zeros((), device=self.device), torch.zeros(2, device=self.device), list(self.states)
+        price = torch.tensor((config.write_cost, config.forget_cost), device=self.device)
+        price = price if price.any() and self.step >= config.cost_from * config.max_iters else None
         for micro in range(self.micro_steps):
-            x, y, m = self.batch(micro)
-            state = self.start_state(micro, m) if config.carry_state else None
-            spans = list(zip(x.split(cut, dim=1), y.split(cut, dim=1), strict=True))
-            for i, (x_, y_) in enumerate(spans):
+            parts, m = self.batch(micro)
+            state = self.start_state(micro, m) if config.carry_state else self.raw.init_state(config.batch_size)
+            spans = list(zip(*(p.split(cut, dim=1) if p is not None else itertools.repeat(None) for p in parts), strict=False))
+            for i, (x, y, weights) in enumerate(spans):
                 if self.process.world > 1:  # gradients meet once, at the last backward
                     self.model.require_backward_grad_sync = micro == self.micro_steps - 1 and i == len(spans) - 1
+                before = self.raw.written(state)
                 with self.autocast:
-                    _, loss, state = self.model(x_, y_, state, config.update_memory)
-                loss = loss * (x_.size(1) / x.size(1) / self.micro_steps)
+                    _, loss, state = self.model(x, y, state, config.update_memory, weights)
+                share = x.size(1) / config.block_size / self.micro_steps
+                loss = loss * share
+                wrote = (self.raw.written(state) - before) / x.size(1) * share  # mean theta and alpha of the step's tokens
                 if self.process.world > 1 and i:  # DDP wants every parameter in its last backward, M_0 was in the first
                     loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(loss if price is None else loss + wrote @ price).backward()
                 state = detach_state(state)
                 total += loss.detach()
+                written += wrote.detach()
             states[micro] = state if config.carry_state else None
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf).item()
-        loss = self.process.mean(total).item()
+        loss, *wrote = self.process.mean(torch.cat((total[None], written))).tolist()
         if not self.finite(loss, norm):
             raise UserError(self.gone_wrong(loss, norm))
         self.scaler.step(self.optimizer)
@@ -332,7 +354,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.states = states
         self.step += 1
-        return loss, norm
+        return loss, norm, wrote
 
     def finite(self, loss, norm):
         """fp16's scaler skips a step with an infinite gradient by itself, part of its trade unless it goes on and on."""
@@ -357,13 +379,14 @@ class Run:
             total, state = torch.zeros((), device=self.device), None
             for i in range(config.eval_iters):
                 if split == 'val_stream':
-                    x, y = self.data.contiguous('val', config.batch_size, config.block_size, i, seed=1)
+                    batch = self.data.contiguous('val', config.batch_size, config.block_size, i, seed=1)
                 elif i % self.process.world != self.process.rank:
                     continue
                 else:
-                    x, y = self.data.random(split, config.batch_size, config.block_size, [1, i])
+                    batch = self.data.random(split, config.batch_size, config.block_size, [1, i])
+                x, y, weights = map(self.to_device, batch)
                 with self.autocast:
-                    _, loss, after = self.raw(self.to_device(x), self.to_device(y), state, config.update_memory)
+                    _, loss, after = self.raw(x, y, state, config.update_memory, weights)
                 state = after if split == 'val_stream' else None
                 total += loss * (1 if split == 'val_stream' else self.process.world)
             losses[split] = self.process.mean(total / config.eval_iters).item()
@@ -480,14 +503,16 @@ class Run:
                 return 130
             if last:
                 return 0
-            loss, norm = self.train_step()
+            loss, norm, (theta, alpha) = self.train_step()
             steps += 1
             if self.step % config.log_interval == 0:
                 spent = (time.time() - since) / steps
                 speed = spent if speed is None else 0.7 * speed + 0.3 * spent
-                self.log(f"loss {loss:.4f} | lr {get_lr(self.step - 1, config):.1e} | {tokens / spent:,.0f} tok/s | "
+                gates = f"theta {theta:.4f} alpha {alpha:.6f} | " if config.memory_blocks() and config.update_memory else ""
+                self.log(f"loss {loss:.4f} | {gates}lr {get_lr(self.step - 1, config):.1e} | {tokens / spent:,.0f} tok/s | "
                          f"{spent * 1000:.0f} ms/iter | {clock((config.max_iters - self.step) * speed)} left",
-                         loss=loss, lr=get_lr(self.step - 1, config), grad_norm=norm, tokens_per_s=tokens / spent)
+                         loss=loss, theta=theta, alpha=alpha, lr=get_lr(self.step - 1, config), grad_norm=norm,
+                         tokens_per_s=tokens / spent)
                 since, steps = time.time(), 0
 
 

@@ -93,8 +93,8 @@ def test_evaluation_does_not_disturb_training(data_dir, tmp_path):
 
 def test_contiguous_rows_read_on(data_dir):
     data = Dataset(data_dir, 'tiny')
-    x0, y0 = data.contiguous('train', 3, 16, 0, seed=1)
-    x1, _ = data.contiguous('train', 3, 16, 1, seed=1)
+    x0, y0, _ = data.contiguous('train', 3, 16, 0, seed=1)
+    x1, _, _ = data.contiguous('train', 3, 16, 1, seed=1)
     assert (y0[:, :-1] == x0[:, 1:]).all() and (y0[:, -1] == x1[:, 0]).all()
 
 
@@ -110,6 +110,43 @@ def test_reset_rows_start_from_m0_and_train_it(data_dir, tmp_path):
     run.config.reset_prob = 0.0
     kept = run.start_state(0, 0)
     torch.testing.assert_close(kept.blocks[0].memory.weights, carried.blocks[0].memory.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('option, gate', [('write_cost', 'theta'), ('forget_cost', 'alpha')])
+def test_a_price_closes_its_gate(data_dir, tmp_path, option, gate):
+    def gates(**prices):
+        run = Run(tiny(data_dir, out_dir=str(tmp_path), memory_gates='hard', memory_decay=0.1, cost_from=0.5, max_iters=40,
+                       decay_lr=False, learning_rate=0.03, **prices))
+        seen = [run.train_step()[2] for _ in range(40)]
+        return [{'theta': theta, 'alpha': alpha} for theta, alpha in seen]
+    free, priced = gates(), gates(**{option: 1000.0})
+    assert free[:20] == priced[:20]  # nothing is asked before cost_from
+    assert min(p[gate] for p in priced) == 0.0 and priced[-1][gate] < 1e-3 < 0.05 < free[-1][gate]
+
+
+@pytest.mark.parametrize('tbptt', [0, 1])
+def test_weighted_rows_train_on_the_weighted_mean(tmp_path, tbptt):
+    """Loss, gradient and evaluation of a data set of rows, against the formula."""
+    rng = np.random.default_rng(0)
+    ids, weights = rng.integers(0, 256, (4, 33)), rng.integers(0, 3, (4, 33))
+    with Writer(str(tmp_path), 'rows', Tokenizer({'kind': 'byte'}), row_len=33) as writer:
+        for row, weight in zip(ids, weights, strict=True):
+            writer.add('train', row, weight)
+            writer.add('val', row, weight)
+    run = Run(tiny(str(tmp_path), dataset='rows', block_size=32, out_dir=str(tmp_path), tbptt=tbptt, learning_rate=0.0,
+                   min_lr=0.0, gradient_accumulation_steps=2))
+    total = 0
+    for micro in range(2):
+        (x, y, w), _ = run.batch(micro)
+        rows = [np.flatnonzero((ids[:, :-1] == row).all(1)).item() for row in x.numpy()]
+        assert np.array_equal(y.numpy(), ids[rows, 1:])
+        torch.testing.assert_close(w.numpy(), (weights[rows, 1:] / weights.mean()).astype(np.float32))
+        ce = torch.nn.functional.cross_entropy(run.raw(x, y)[0].mT, y, reduction='none')
+        total += (ce * w).mean().item() / 2
+    assert abs(run.train_step()[0] - total) < 1e-5
+    assert math.isfinite(run.evaluate()['val'])
+    with pytest.raises(UserError, match='carry_state=True: the rows of data set'):
+        Run(tiny(str(tmp_path), dataset='rows', block_size=32, carry_state=True))
 
 
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
@@ -138,7 +175,7 @@ def test_canary_no_loss_below_entropy(tmp_path):
     for _ in range(300):
         run.train_step()
     run.raw.eval()
-    x, y = (torch.from_numpy(a) for a in run.data.random('val', 500, 48, [7]))
+    x, y = (torch.from_numpy(a) for a in run.data.random('val', 500, 48, [7])[:2])
     with torch.no_grad():
         each = torch.nn.functional.cross_entropy(run.raw(x, y)[0].transpose(1, 2), y, reduction='none').flatten()
     assert each.mean() > math.log(vocab) - 4 * each.std() / each.numel() ** 0.5
@@ -156,7 +193,7 @@ def test_no_nan(trial, tmp_path, data_dir):
     run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=25, warmup_iters=5,
                    grad_clip=1.0, out_dir=str(tmp_path)))
     for _ in range(25):
-        loss, norm = run.train_step()
+        loss, norm, _ = run.train_step()
         assert math.isfinite(loss) and math.isfinite(norm), (run.step, options)
     assert loss < math.log(256)
 
