@@ -1,10 +1,11 @@
 # make demo   from nothing to a sample: install, prepare, train on the CPU, plot, sample (about 5 minutes on 2 cores)
+# make needle needles in haystacks: train a model and a Transformer, draw where each finds them, with and without memory
 # make test   install what is needed, run the tests
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo test lint compare shakespeare clean
+.PHONY: demo needle test lint compare shakespeare clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -18,6 +19,13 @@ demo: .venv/ready
 	$(BIN)/python train.py config/stdlib_cpu.py
 	$(BIN)/python plot.py out/stdlib_cpu
 	$(BIN)/python sample.py --out_dir=out/stdlib_cpu --prompt="def " --max_new_tokens=600
+
+needle: .venv/ready
+	$(BIN)/python prepare.py needle
+	$(BIN)/python train.py config/needle_cpu.py
+	$(BIN)/python train.py config/needle_gpt_cpu.py
+	$(BIN)/python plot.py out/needle_cpu out/needle_gpt_cpu
+	$(BIN)/python eval_needle.py --out_dir=out/needle_cpu --baseline=out/needle_gpt_cpu --samples=20 --cell_tokens=65536
 
 test: .venv/ready
 	$(BIN)/python -m pytest

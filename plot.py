@@ -27,6 +27,17 @@ def read(out_dir):
     return curves
 
 
+def pyplot():
+    """matplotlib.pyplot, drawing into files."""
+    try:
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install 'nanotitans[plots]'") from None
+    return matplotlib.pyplot
+
+
 def main(argv):
     if {'-h', '--help'} & set(argv):
         print(__doc__.strip())
@@ -34,13 +45,11 @@ def main(argv):
     if not argv or argv[0].startswith('-'):
         raise UserError("give the out_dir of at least one run")
     curves = {out_dir: read(out_dir) for out_dir in argv}
+    plt = pyplot()
     try:
-        import matplotlib
         import plotext
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError(f"plot.py needs {error.name}: pip install 'nanotitans[plots]'") from None
+    except ImportError:
+        raise UserError("plot.py needs plotext: pip install 'nanotitans[plots]'") from None
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     plotext.plotsize(90, 18)
     plotext.theme('clear')

@@ -6,12 +6,15 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py shakespeare          Tiny Shakespeare, GPT-2 BPE                (extra: tiktoken)
     python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
+    python prepare.py needle               needles in haystacks: training rows and an evaluation set, needs no network
 
 --source=PATH takes a file already on disk instead of a download (shakespeare*), or another folder of Python (stdlib).
 """
+import collections
 import hashlib
 import http.client
 import itertools
+import json
 import os
 import sysconfig
 import urllib.request
@@ -22,8 +25,9 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+import needle as needles
 from configurator import UserError, load, run
-from dataset import Tokenizer, Writer
+from dataset import WORD, Dataset, Tokenizer, Writer
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -35,8 +39,13 @@ class PrepareConfig:
     source: str = ''        # shakespeare*: a file already on disk; stdlib: a folder of Python source
     train_path: str = ''    # text: the training file
     val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
-    tokenizer: Literal['byte', 'char', 'gpt2'] = 'byte'  # text
+    tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word, or gpt2
     num_proc: int = 0       # openwebtext: processes; 0 = one per core
+    haystack: str = ''      # needle: a prepared data set or a file of text; '' = the Python language reference
+    block_size: int = 256   # needle: tokens of a training row
+    rows: int = 32768       # needle: training rows, and a sixteenth as many for validation
+    words: int = 768        # needle: words that are tokens, beside the 256 bytes that spell the rest
+    seed: int = 1337        # needle
 
 
 def download(url, path, sha256=''):
@@ -82,6 +91,9 @@ def read_text(path, what):
 
 
 def write_texts(name, config, kind, train, val):
+    kind = 'byte' if kind == 'auto' else kind
+    if kind == 'word':
+        raise UserError("tokenizer='word' is for needle; give --tokenizer=byte, char or gpt2")
     spec = {'kind': kind}
     if kind == 'char':
         spec['chars'] = ''.join(sorted(set(train) | set(val)))
@@ -137,6 +149,50 @@ def text(config):
     write_texts('text', config, config.tokenizer, train, val)
 
 
+def haystack_texts(config):
+    """-> training and validation text to hide needles in"""
+    if not config.haystack:  # prose that lies on every machine with Python
+        from pydoc_data.topics import topics
+        whole = ' '.join(topics[name] for name in sorted(topics))
+    elif os.path.isdir(os.path.join(config.data_dir, config.haystack)):
+        data = Dataset(config.data_dir, config.haystack)
+        tokenizer = Tokenizer(data.tokenizer)
+        return [tokenizer.decode(data.read(split, [0], min(data.tokens[split], 1_000_000))[0].tolist())
+                for split in ('train', 'val')]
+    else:
+        whole = read_text(config.haystack, 'haystack')
+    cut = int(len(whole) * 0.9)
+    return whole[:cut], whole[cut:]
+
+
+def word_tokenizer(text, size):
+    """The words of the needles and the most common ones of text, size in all."""
+    counts = collections.Counter(piece.decode() for piece in WORD.findall(' '.join(text.split()).encode()) if len(piece) > 1)
+    ours = [piece.decode() for piece in WORD.findall(needles.vocabulary().encode()) if len(piece) > 1]
+    common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if word.startswith(' ')]
+    words = list(dict.fromkeys(ours + common))
+    if size < len(dict.fromkeys(ours)):
+        raise UserError(f"words={size} must be at least the {len(dict.fromkeys(ours))} of the needles themselves")
+    return Tokenizer({'kind': 'word', 'words': words[:size]})
+
+
+def needle(config):
+    """Rows of config.block_size tokens and one more, each a text of its own, and eval.json for eval_needle.py."""
+    if config.tokenizer not in ('auto', 'word', 'gpt2'):
+        raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) or gpt2")
+    texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
+    tokenizer = Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else word_tokenizer(texts['train'], config.words)
+    noise = needles.Haystack(needles.NOISE, tokenizer)
+    with Writer(config.data_dir, 'needle', tokenizer, config.block_size + 1) as writer:
+        for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
+            what = f"{config.haystack or 'the Python language reference'} ({split})"
+            haystacks = {'noise': noise, 'text': needles.Haystack(texts[split], tokenizer, what, least=1000)}
+            for row in tqdm(range(rows), desc=f'needle {split}', unit='row'):
+                rng = np.random.default_rng([config.seed, key, row])
+                writer.add(split, *needles.training_row(rng, tokenizer, haystacks, config.block_size + 1))
+        writer.write('eval.json', json.dumps({'haystack': texts['val'], 'samples': needles.evaluation_set(config.seed)}))
+
+
 def encode_document(text):
     tokenizer = Tokenizer({'kind': 'gpt2'})
     return [*tokenizer.encode(text), tokenizer.bpe.eot_token]
@@ -166,7 +222,7 @@ def openwebtext(config):
                 bar.update()
 
 
-CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text)}
+CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text, needle)}
 
 
 def main(argv):
@@ -175,10 +231,12 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
-    if config.source and names[0] in ('text', 'openwebtext'):
-        raise UserError(f"--source is not for {names[0]}" + ("; give --train_path=FILE" if names[0] == 'text' else ""))
-    if config.num_proc < 0:
-        raise UserError(f"num_proc={config.num_proc} must not be negative")
+    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'openwebtext': ''}
+    if config.source and names[0] in instead:
+        raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
+    for name, least in ('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
     CORPORA[names[0]](config)
 
 

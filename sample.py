@@ -70,17 +70,32 @@ def read_prompt(text):
     return text
 
 
-class Sampler:
-    """A model, its tokenizer and the options of a run."""
+class Reader:
+    """The model and the tokenizer of a checkpoint, to read and go on from text with."""
+
+    def __init__(self, path, device, dtype):
+        self.path, self.device = path, torch.device(pick_device(device))
+        self.content = checkpoint.load(path)
+        self.model = checkpoint.build(self.content, path, dropout=0.0).to(self.device).eval()
+        self.tokenizer = Tokenizer(self.content['tokenizer'])
+        dtype = pick_dtype(dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def read(self, idx, state=None, update_memory=True):
+        """Read idx (B, T >= 0) without saying anything, in blocks that need no more memory than a training step. -> state"""
+        with self.autocast:
+            for piece in idx.split(self.model.config.block_size, dim=1) if idx.size(1) else ():
+                state = self.model(piece, state=state, update_memory=update_memory)[2]
+        return state
+
+
+class Sampler(Reader):
+    """A reader that says what comes next, with the options of a run."""
 
     def __init__(self, config):
-        path = os.path.join(config.out_dir, config.checkpoint + '.pt')
-        content = checkpoint.load(path)
-        self.config, self.device = config, torch.device(pick_device(config.device))
-        self.model = checkpoint.build(content, path, dropout=0.0).to(self.device).eval()
-        self.tokenizer = Tokenizer(content['tokenizer'])
-        dtype = pick_dtype(config.dtype, self.device)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        super().__init__(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+        self.config = config
         self.options = {name: getattr(config, name) for name in ('temperature', 'top_k', 'top_p', 'min_p',
                                                                  'repetition_penalty', 'update_memory')}
 
@@ -101,14 +116,6 @@ class Sampler:
                 print(text, end='', flush=True)
         print()
         return after, len(made)
-
-    @torch.no_grad()
-    def read(self, idx, state=None):
-        """Read idx (1, T >= 0) without saying anything. -> state"""
-        with self.autocast:
-            for piece in idx.split(self.model.config.block_size, dim=1) if idx.size(1) else ():
-                state = self.model(piece, state=state, update_memory=self.config.update_memory)[2]
-        return state
 
 
 def interactive(sampler):
@@ -136,7 +143,7 @@ def main(argv):
         return interactive(sampler)
     prompt = read_prompt(config.prompt)
     idx = sampler.encode(prompt)
-    state = sampler.read(idx[:, :-1])  # once, whatever the number of samples
+    state = sampler.read(idx[:, :-1], update_memory=config.update_memory)  # once, whatever the number of samples
     try:
         for i in range(config.num_samples):
             if config.num_samples > 1:

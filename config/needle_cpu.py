@@ -1,0 +1,29 @@
+# Needles in haystacks on 2 CPU cores: `make needle` trains this, its baseline, and draws both. See README.md for the maps.
+out_dir = 'out/needle_cpu'
+dataset = 'needle'
+
+n_layer = 2
+n_head = 4
+n_embd = 96
+memory_heads = 1
+memory_conv = 8         # reaches over a number whose digits repeat
+segment_len = 64
+chunk_len = 64
+memory_gates = 'hard'   # can be exactly 0: what is not worth writing is not written at all,
+memory_lr = 0.1
+memory_decay = 0.0
+
+block_size = 256
+batch_size = 16
+max_iters = 900
+warmup_iters = 50
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+write_cost = 1.0        # (nats per unit of mean theta, alpha)
+forget_cost = 200.0
+cost_from = 0.4
+
+eval_interval = 225
+eval_iters = 10
+log_interval = 25

@@ -1,0 +1,21 @@
+# The Transformer beside config/needle_cpu.py: same data, steps and parameters, no memory. It sees the last block_size tokens.
+out_dir = 'out/needle_gpt_cpu'
+dataset = 'needle'
+
+arch = 'gpt'
+n_layer = 2
+n_head = 4
+n_embd = 112
+memory_heads = 1
+
+block_size = 256
+batch_size = 16
+max_iters = 900
+warmup_iters = 50
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+
+eval_interval = 225
+eval_iters = 10
+log_interval = 25

@@ -1,0 +1,127 @@
+"""
+Does a longer past help? The loss at each position of long documents, read through the carried state with the memory as trained,
+with the memory never written, and by a second checkpoint: context.json and context.png in out_dir.
+
+    python eval_context.py --out_dir=out/stdlib_cpu
+    python eval_context.py --out_dir=out/stdlib_cpu --baseline=out/stdlib_gpt --length=1048576 --rows=4
+
+All read the same tokens: `rows` pieces of the data set's validation text, evenly spaced; where the text is shorter than
+rows x length they overlap. Compare the curves with each other: one curve alone also shows what lies where in the text.
+"""
+import itertools
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import configurator
+from configurator import UserError
+from dataset import Dataset
+from plot import pyplot
+from sample import Reader
+
+BLOCK = 1024  # tokens read at once
+
+
+@dataclass
+class ContextConfig:
+    out_dir: str = 'out/stdlib_cpu'
+    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
+    baseline: str = ''          # a second run's out_dir
+    data_dir: str = 'data'
+    dataset: str = 'stdlib'     # any prepared data set with the checkpoint's tokenizer
+    length: int = 65536         # tokens of a document, a power of two; 1048576 is a million
+    rows: int = 4               # documents, read side by side
+    update_memory: bool = True  # False: only the control, whose memory is never written
+    device: str = 'auto'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+
+    def __post_init__(self):
+        if self.length < BLOCK or self.length & (self.length - 1):
+            raise ValueError(f"length={self.length} must be a power of two, at least {BLOCK}")
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1")
+
+
+@torch.no_grad()
+def losses(reader, data, config, update_memory, bar):
+    """Mean loss of each BLOCK of positions, nats per token. -> list of length / BLOCK"""
+    starts = [i * (data.tokens['val'] - config.length - 1) // max(config.rows - 1, 1) for i in range(config.rows)]
+    state, means = None, []
+    for at in range(0, config.length, BLOCK):
+        block = torch.from_numpy(data.read('val', [s + at for s in starts], BLOCK + 1)).to(reader.device)
+        with reader.autocast:
+            _, loss, state = reader.model(block[:, :-1], block[:, 1:], state, update_memory)
+        if not math.isfinite(loss):
+            raise UserError(f"{reader.path}: the loss became {loss.item()} at position {at:,}")
+        means.append(loss.item())
+        bar.update(block[:, 1:].numel())
+    return means
+
+
+def octaves(means):
+    """[(first position, last position, mean loss)] for 0-1K, 1K-2K, 2K-4K, 4K-8K, ..."""
+    edges = [0, *(2 ** i for i in range(int(math.log2(len(means))) + 1))]
+    return [(a * BLOCK, b * BLOCK, sum(means[a:b]) / (b - a)) for a, b in itertools.pairwise(edges)]
+
+
+def draw(curves, path):
+    """Loss against position, log axis."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    for name, means in curves.items():
+        parts = octaves(means)
+        axes.plot([max(b, 1) for _, b, _ in parts], [loss for *_, loss in parts], marker='o', markersize=4, label=name)
+    axes.set_xscale('log', base=2)
+    ticks = [b for _, b, _ in octaves(next(iter(curves.values())))]
+    axes.set_xticks(ticks, [f'{t // 1024}K' if t < 2 ** 20 else f'{t // 2 ** 20}M' for t in ticks], fontsize=8)
+    axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv):
+    config = configurator.load(ContextConfig, argv, __doc__)
+    data = Dataset(config.data_dir, config.dataset)
+    if data.tokens['val'] < config.length + 1:
+        raise UserError(f"length={config.length}: {data.folder}/val.bin has only {data.tokens['val']:,} tokens")
+    reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    with_memory = bool(reader.model.config.memory_blocks())
+    runs = {'memory on': (reader, True)} if config.update_memory and with_memory else {}
+    runs['memory off' if with_memory else 'no memory'] = (reader, False)
+    if config.baseline:
+        other = Reader(os.path.join(config.baseline, config.checkpoint + '.pt'), config.device, config.dtype)
+        runs[os.path.basename(config.baseline.rstrip('/'))] = (other, True)
+    for r, _ in runs.values():
+        if r.content['tokenizer'] != data.tokenizer:
+            raise UserError(f"{r.path} has another tokenizer than data set '{config.dataset}'; give the one it was trained on "
+                            "with --dataset=")
+    curves = {}
+    with tqdm(total=len(runs) * config.rows * config.length, unit='tok', unit_scale=True) as bar:
+        for name, (r, update_memory) in runs.items():
+            bar.set_description(name)
+            curves[name] = losses(r, data, config, update_memory, bar)
+    path = os.path.join(config.out_dir, 'context.json')
+    try:
+        with open(path + '.partial', 'w', encoding='utf-8') as f:
+            json.dump({'dataset': config.dataset, 'rows': config.rows, 'length': config.length, 'block': BLOCK,
+                       'loss': curves}, f)
+        os.replace(path + '.partial', path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print('positions'.ljust(20) + ''.join(name.rjust(16) for name in curves))
+    for rows in zip(*map(octaves, curves.values()), strict=True):
+        print(f"{rows[0][0]:>9,}-{rows[0][1]:<10,}" + ''.join(f'{loss:16.4f}' for *_, loss in rows))
+    draw(curves, os.path.join(config.out_dir, 'context.png'))
+    print(f"wrote {path} and {os.path.join(config.out_dir, 'context.png')}")
+    return 0
+
+
+if __name__ == '__main__':
+    configurator.run(main)
