@@ -6,7 +6,7 @@ What lies in data/NAME/, and how it becomes batches.
 
 A data set of rows, each a text of its own, also has row_len in its meta.json, the tokens of each of them, and
 
-    train_weights.bin, val_weights.bin   how much each token counts as a target, uint8, and in meta.json their means
+    train_weights.bin, val_weights.bin   how much each token counts as a target, uint16, and in meta.json their means
 
 A batch is a function of (seed, step) alone: no loader state, exact resume, the same data for any number of processes.
 """
@@ -127,7 +127,7 @@ class Writer:
         self.tokens[split] += len(ids)
         if self.row_len:
             assert len(ids) == len(weights) == self.row_len, (len(ids), len(weights), self.row_len)
-            self.put(split + '_weights', np.asarray(weights, dtype=np.uint8))
+            self.put(split + '_weights', np.asarray(weights, dtype=np.uint16))
             self.weight[split] += int(np.sum(weights))
 
     def write(self, file, text):
@@ -232,7 +232,7 @@ class Dataset:
         starts = np.random.default_rng(key).integers(0, self.room(split, block_size), rows)[mine] * max(self.row_len, 1)
         block, weights = self.read(split, starts, block_size + 1), None
         if self.row_len:
-            weights = self.load(split + '_weights', starts + 1, block_size, np.dtype(np.uint8))
+            weights = self.load(split + '_weights', starts + 1, block_size, np.dtype(np.uint16))
             weights = (weights / self.mean_weight[split]).astype(np.float32)
         return block[:, :-1], block[:, 1:], weights
 

@@ -148,6 +148,7 @@ def evaluation_set(seed, samples=200):
 # training rows
 
 ANSWER_WEIGHT = 2000  # of an answer in the training loss, shared by its tokens, against 1 for every other token
+FIRST = 8           # the first tokens of a value weigh most, 1/i down to 1/FIRST: they alone depend on the key asked for
 QUESTION_WEIGHT = 32   # of each token of a question: the key asked for, above all, has to be known from the others
 LEAST_ROW = 128     # tokens in which a needle, its question and its answer fit
 
@@ -171,7 +172,10 @@ def quiz(rng, tokenizer, haystacks, length, names):
     haystack = haystacks[('noise', 'text')[rng.integers(2)]]
     kind = 'numbers' if rng.integers(8) else 'uuids'
     keys, values = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)][rng.integers(8)]
-    facts = sorted((float(rng.uniform(0, 0.6)), *fact) for fact in draw_facts(rng, kind, names[:keys], values))
+    facts = draw_facts(rng, kind, names[:keys], values)
+    alike = (0, 0, 1, 2)[rng.integers(4)]  # values that begin alike: the key has to be kept in mind beyond the first token
+    facts = [(key, facts[0][1][:alike] + value[alike:]) for key, value in facts]
+    facts = sorted((float(rng.uniform(0, 0.6)), *fact) for fact in facts)
     inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value))) for depth, key, value in facts]
     while sum(len(ids) for _, ids in inserts) > length / 2:
         facts.pop()
@@ -187,13 +191,14 @@ def quiz(rng, tokenizer, haystacks, length, names):
         room -= len(ask) + len(answer)
         if room < 0:
             break
-        answers[len(inserts)] = len(answer)
+        shares = [1 / min(i, FIRST) for value in found for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
+        answers[len(inserts)] = np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(answer)]))
         inserts.append((float(rng.uniform(max(depth for depth, key, _ in facts if key in asked), 1)), ask + answer))
     ids, weights = [], []
     for part, which in haystack.fill(haystack.place(rng.random()), length - sum(len(ids) for _, ids in inserts), inserts):
         ids.append(part)
-        weights.append(np.ones(len(part), np.uint8))
+        weights.append(np.ones(len(part), np.uint16))
         if which in answers:
             weights[-1][:] = QUESTION_WEIGHT
-            weights[-1][-answers[which]:] = min(ANSWER_WEIGHT // answers[which], 255)
+            weights[-1][-len(answers[which]):] = answers[which]
     return np.concatenate(ids), np.concatenate(weights)

@@ -523,7 +523,10 @@ def train(config):
     run.table()
     before = {s: signal.signal(s, run.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run.loop()
+        status = run.loop()
+        if run.process.world > 1:  # the first to leave would cut off the others' last words: Python ends, gloo's threads do not
+            dist.barrier()
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

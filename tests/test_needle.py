@@ -96,7 +96,7 @@ def test_rows_reach_the_model_whole_and_weighted(here):
     x, y, weights = data.random('train', 50, 256, [0])
     rows = data.read('train', range(0, 32 * 257, 257), 257)
     assert {r.tobytes() for r in np.concatenate((x, y[:, -1:]), axis=1)} <= {r.tobytes() for r in rows}
-    every = data.load('train_weights', range(0, 32 * 257, 257), 257, np.dtype(np.uint8))
+    every = data.load('train_weights', range(0, 32 * 257, 257), 257, np.dtype(np.uint16))
     assert abs(every.mean() / data.mean_weight['train'] - 1) < 1e-12
     assert 0.8 < weights.mean() < 1.2 and weights.dtype == np.float32
     with pytest.raises(UserError, match='block_size=257: a row of'):
