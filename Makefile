@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle test lint compare shakespeare clean
+.PHONY: demo needle test lint compare ablate shakespeare clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -43,6 +43,17 @@ compare: .venv/ready
 	  $$run --out_dir=out/compare/gpt-$$1-$$seed --arch=gpt --n_embd=152; \
 	done; done
 	$(BIN)/python plot.py out/compare/*
+
+# what finding needles needs: the same short training with one thing changed at a time; an hour and a half on one core
+ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=4 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 \
+  --chunk_len=64 --num_longterm_mem=8 --memory_heads=2 --memory_layers=all --tie_weights=True --forget_cost=0 \
+  --forget_cost=0,--write_cost=0 --memory_gates=sigmoid,--memory_decay=0.0003
+ablate: .venv/ready
+	$(BIN)/python prepare.py needle
+	set -e; for change in $(ABLATIONS); do out=out/ablate/$$(echo $$change | tr -d -); \
+	  $(BIN)/python train.py config/needle_cpu.py --max_iters=800 --out_dir=$$out $$(echo $$change | tr , ' '); \
+	  $(BIN)/python eval_needle.py --out_dir=$$out --control=False --depths=50 --samples=50 --cell_tokens=262144; \
+	done
 
 # nanoGPT's CPU budget on Tiny Shakespeare (add SOURCE=FILE where there is no network)
 shakespeare: .venv/ready

@@ -61,12 +61,12 @@ def build(content, path, dropout=None):
 def same_model(content, config, path):
     """UserError, naming both sides, if a checkpoint's architecture is not the one asked for."""
     free = {'block_size', 'dropout'} if config.arch != 'gpt' else {'dropout'}  # no weight depends on these
-    theirs = content['model_config']
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
-    differ = [k for k in ours if k not in free and theirs.get(k) != ours[k]]
+    theirs = {f.name: f.default for f in dataclasses.fields(TitansConfig)} | content['model_config']  # it may lack new ones
+    differ = [k for k in ours if k not in free and theirs[k] != ours[k]]
     if differ:
         raise UserError(f"{path} is of another architecture: " + ', '.join(
-            f"{k}={theirs.get(k)!r} there, {ours[k]!r} asked for" for k in differ) + "; give the options it was trained with")
+            f"{k}={theirs[k]!r} there, {ours[k]!r} asked for" for k in differ) + "; give the options it was trained with")
 
 
 def pack_state(state):

@@ -22,6 +22,7 @@ import numpy as np
 from configurator import UserError
 
 WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token of a word tokenizer
+WEIGHT = np.dtype(np.uint16)  # how much a token counts as a target
 
 
 class Tokenizer:
@@ -127,7 +128,7 @@ class Writer:
         self.tokens[split] += len(ids)
         if self.row_len:
             assert len(ids) == len(weights) == self.row_len, (len(ids), len(weights), self.row_len)
-            self.put(split + '_weights', np.asarray(weights, dtype=np.uint16))
+            self.put(split + '_weights', np.asarray(weights, dtype=WEIGHT))
             self.weight[split] += int(np.sum(weights))
 
     def write(self, file, text):
@@ -190,7 +191,7 @@ class Dataset:
             self.row_len, self.mean_weight = int(meta.get('row_len', 0)), meta.get('mean_weight')
             sizes = {split: int(self.tokens[split]) * self.dtype.itemsize for split in ('train', 'val')}
             if self.row_len:
-                sizes |= {f'{split}_weights': int(self.tokens[split]) for split in self.mean_weight}
+                sizes |= {f'{split}_weights': int(self.tokens[split]) * WEIGHT.itemsize for split in self.mean_weight}
         except OSError:
             raise UserError(f"data set '{name}' is not prepared in {data_dir}/; {self.remedy}") from None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
@@ -232,7 +233,7 @@ class Dataset:
         starts = np.random.default_rng(key).integers(0, self.room(split, block_size), rows)[mine] * max(self.row_len, 1)
         block, weights = self.read(split, starts, block_size + 1), None
         if self.row_len:
-            weights = self.load(split + '_weights', starts + 1, block_size, np.dtype(np.uint16))
+            weights = self.load(split + '_weights', starts + 1, block_size, WEIGHT)
             weights = (weights / self.mean_weight[split]).astype(np.float32)
         return block[:, :-1], block[:, 1:], weights
 

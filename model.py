@@ -46,6 +46,7 @@ class TitansConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False          # in the Linear layers of attention and MLP
+    tie_weights: bool = True    # the embedding is the output layer too
     segment_len: int = 128      # tokens one MAC attention sees
     chunk_len: int = 64         # tokens whose surprise is measured at the same memory; divides segment_len
     num_persist_mem: int = 4    # learned tokens in front of every segment
@@ -650,7 +651,8 @@ class TitansGPT(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.arch](config, i in with_memory) for i in range(config.n_layer))
         self.norm_f = RMSNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     def init_weights(self):

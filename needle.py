@@ -173,7 +173,7 @@ def quiz(rng, tokenizer, haystacks, length, names):
     kind = 'numbers' if rng.integers(8) else 'uuids'
     keys, values = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)][rng.integers(8)]
     facts = draw_facts(rng, kind, names[:keys], values)
-    alike = (0, 0, 1, 2)[rng.integers(4)]  # values that begin alike: the key has to be kept in mind beyond the first token
+    alike = rng.integers(2)  # values that begin alike: the key has to be kept in mind beyond the first token
     facts = [(key, facts[0][1][:alike] + value[alike:]) for key, value in facts]
     facts = sorted((float(rng.uniform(0, 0.6)), *fact) for fact in facts)
     inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value))) for depth, key, value in facts]

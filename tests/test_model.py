@@ -10,7 +10,7 @@ SEGMENT, CHUNK = 8, 4
 VARIANTS = {
     'gpt': {'arch': 'gpt', 'block_size': 12},
     'mac': {},
-    'mac deep': {'memory_depth': 2, 'memory_gates': 'hard', 'bias': True},
+    'mac deep': {'memory_depth': 2, 'memory_gates': 'hard', 'bias': True, 'tie_weights': False},
     'mac one chunk': {'chunk_len': SEGMENT, 'memory_conv': 0, 'memory_gates': 'fixed'},
     'mac long-term tokens': {'num_longterm_mem': 3, 'memory_layers': '1', 'num_persist_mem': 0},
     'mac no memory': {'memory_layers': 'none'},
