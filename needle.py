@@ -175,6 +175,9 @@ def quiz(rng, tokenizer, haystacks, length, names):
     facts = draw_facts(rng, kind, names[:keys], values)
     alike = rng.integers(2)  # values that begin alike: the key has to be kept in mind beyond the first token
     facts = [(key, facts[0][1][:alike] + value[alike:]) for key, value in facts]
+    if kind == 'numbers' and rng.integers(2):  # of few digits: the last one does not tell what comes next, the key has to
+        few = rng.permutation(10)[:rng.integers(3, 6)]
+        facts = [(key, ''.join(str(few[int(digit) % len(few)]) for digit in value)) for key, value in facts]
     facts = sorted((float(rng.uniform(0, 0.6)), *fact) for fact in facts)
     inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value))) for depth, key, value in facts]
     while sum(len(ids) for _, ids in inserts) > length / 2:
