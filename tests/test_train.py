@@ -149,6 +149,17 @@ def test_weighted_rows_train_on_the_weighted_mean(tmp_path, tbptt):
         Run(tiny(str(tmp_path), dataset='rows', block_size=32, carry_state=True))
 
 
+def test_a_checkpoint_from_before_an_option_is_of_its_default(data_dir, tmp_path):
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=2)
+    train.train(config)
+    path = str(tmp_path / 'out' / 'ckpt.pt')
+    content = checkpoint.load(path)
+    del content['model_config']['tie_weights']
+    checkpoint.same_model(content, config, path)
+    with pytest.raises(UserError, match='tie_weights=True there, False asked for'):
+        checkpoint.same_model(content, dataclasses.replace(config, tie_weights=False), path)
+
+
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
     """The same loss, another gradient: what a later span asks of M_0 and of earlier writes is cut off."""
     losses, grads = [], []
