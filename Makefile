@@ -51,7 +51,7 @@ ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=4 --memory_conv=0 --memor
 ablate: .venv/ready
 	$(BIN)/python prepare.py needle
 	set -e; for change in $(ABLATIONS); do out=out/ablate/$$(echo $$change | tr -d -); \
-	  $(BIN)/python train.py config/needle_cpu.py --max_iters=600 --out_dir=$$out $$(echo $$change | tr , ' '); \
+	  $(BIN)/python train.py config/needle_cpu.py --max_iters=500 --out_dir=$$out $$(echo $$change | tr , ' '); \
 	  $(BIN)/python eval_needle.py --out_dir=$$out --control=False --lengths=1024,16384 --depths=50 --samples=50 --cell_tokens=262144; \
 	done
 
