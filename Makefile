@@ -45,9 +45,8 @@ compare: .venv/ready
 	$(BIN)/python plot.py out/compare/*
 
 # what finding needles needs: the same short training with one thing changed at a time; 40 minutes on one core
-ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=4 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 \
-  --chunk_len=64 --num_longterm_mem=8 --memory_layers=all --forget_cost=0 \
-  --forget_cost=0,--write_cost=0 --memory_gates=sigmoid,--memory_decay=0.0003
+ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 --chunk_len=64 \
+  --num_longterm_mem=8 --forget_cost=0 --forget_cost=0,--write_cost=0 --memory_gates=sigmoid,--memory_decay=0.0003
 ablate: .venv/ready
 	$(BIN)/python prepare.py needle
 	set -e; for change in $(ABLATIONS); do out=out/ablate/$$(echo $$change | tr -d -); \
