@@ -523,10 +523,7 @@ def train(config):
     run.table()
     before = {s: signal.signal(s, run.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = run.loop()
-        if run.process.world > 1:  # the first to leave would cut off the others' last words: Python ends, gloo's threads do not
-            dist.barrier()
-        return status
+        return run.loop()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -538,7 +535,12 @@ def train(config):
 
 
 def main(argv):
-    return train(configurator.load(TrainConfig, argv, __doc__))
+    status = train(configurator.load(TrainConfig, argv, __doc__))
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # gloo's threads outlive the group: Python tearing down under them aborts at times
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == '__main__':
