@@ -536,7 +536,7 @@ def train(config):
 
 def main(argv):
     status = train(configurator.load(TrainConfig, argv, __doc__))
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # gloo's threads outlive the group: Python tearing down under them aborts at times
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # gloo's threads outlive the group, and Python ending under them aborts
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
