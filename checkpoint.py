@@ -6,6 +6,7 @@ A checkpoint is one file of tensors and plain types, loadable with weights_only=
 """
 import contextlib
 import dataclasses
+import json
 import os
 
 import torch
@@ -31,6 +32,16 @@ def save(path, content):
         reason = getattr(error, 'strerror', None) or getattr(error.__context__, 'strerror', None) or error
         kept = "; the checkpoint before it is untouched" if os.path.exists(path) else ""
         raise UserError(f"cannot save {path}: {reason}".splitlines()[0] + kept) from None
+
+
+def save_json(path, content, indent=None):
+    """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
+    try:
+        with open(path + '.partial', 'w', encoding='utf-8') as f:
+            json.dump(content, f, indent=indent)
+        os.replace(path + '.partial', path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def load(path):

@@ -9,7 +9,6 @@ All read the same tokens: `rows` pieces of the data set's validation text, evenl
 rows x length they overlap. Compare the curves with each other: one curve alone also shows what lies where in the text.
 """
 import itertools
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import configurator
+from checkpoint import save_json
 from configurator import UserError
 from dataset import Dataset
-from plot import pyplot
+from plot import brief, pyplot
 from sample import Reader
 
 BLOCK = 1024  # tokens read at once
@@ -75,10 +75,10 @@ def draw(curves, path):
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     for name, means in curves.items():
         parts = octaves(means)
-        axes.plot([max(b, 1) for _, b, _ in parts], [loss for *_, loss in parts], marker='o', markersize=4, label=name)
+        axes.plot([b for _, b, _ in parts], [loss for *_, loss in parts], marker='o', markersize=4, label=name)
     axes.set_xscale('log', base=2)
     ticks = [b for _, b, _ in octaves(next(iter(curves.values())))]
-    axes.set_xticks(ticks, [f'{t // 1024}K' if t < 2 ** 20 else f'{t // 2 ** 20}M' for t in ticks], fontsize=8)
+    axes.set_xticks(ticks, [brief(t) for t in ticks], fontsize=8)
     axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
     axes.legend()
@@ -108,13 +108,7 @@ def main(argv):
             bar.set_description(name)
             curves[name] = losses(r, data, config, update_memory, bar)
     path = os.path.join(config.out_dir, 'context.json')
-    try:
-        with open(path + '.partial', 'w', encoding='utf-8') as f:
-            json.dump({'dataset': config.dataset, 'rows': config.rows, 'length': config.length, 'block': BLOCK,
-                       'loss': curves}, f)
-        os.replace(path + '.partial', path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    save_json(path, {'dataset': config.dataset, 'rows': config.rows, 'length': config.length, 'block': BLOCK, 'loss': curves})
     print('positions'.ljust(20) + ''.join(name.rjust(16) for name in curves))
     for rows in zip(*map(octaves, curves.values()), strict=True):
         print(f"{rows[0][0]:>9,}-{rows[0][1]:<10,}" + ''.join(f'{loss:16.4f}' for *_, loss in rows))

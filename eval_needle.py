@@ -27,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 import configurator
+from checkpoint import save_json
 from configurator import UserError
 from needle import NEEDLE, NOISE, TASKS, Haystack, question
-from plot import pyplot
+from plot import brief, pyplot
 from sample import Reader
 
 BLOCK = 1024  # tokens of each sample read at once
@@ -215,12 +216,7 @@ class Results:
     def add(self, cell):
         """Kept before anything else happens, whole or not at all."""
         self.cells.append(cell)
-        try:
-            with open(self.path + '.partial', 'w', encoding='utf-8') as f:
-                json.dump({'sources': self.sources, 'cells': self.cells}, f, indent=1)
-            os.replace(self.path + '.partial', self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        save_json(self.path, {'sources': self.sources, 'cells': self.cells}, indent=1)
 
 
 def draw(cells, tasks, models, path):
@@ -249,10 +245,6 @@ def draw(cells, tasks, models, path):
     figure.colorbar(image, ax=axes, label='exact answers, %', fraction=0.05)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def brief(n):
-    return f'{n // 2 ** 20}M' if n % 2 ** 20 == 0 else f'{n // 1024}K' if n % 1024 == 0 else str(n)
 
 
 def flat(asker, config, tick):

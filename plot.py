@@ -38,6 +38,11 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def brief(n):
+    """A number of tokens on an axis: 256, 16K, 2M."""
+    return f'{n // 2 ** 20}M' if n % 2 ** 20 == 0 else f'{n // 1024}K' if n % 1024 == 0 else str(n)
+
+
 def main(argv):
     if {'-h', '--help'} & set(argv):
         print(__doc__.strip())

@@ -11,7 +11,7 @@ memory_heads = 1
 memory_conv = 8         # reaches over a number whose digits repeat
 segment_len = 64
 chunk_len = 8           # what one digit wrote is known to the error of the next
-memory_gates = 'hard'   # can be exactly 0: what is not worth writing is not written at all,
+memory_gates = 'hard'   # can be exactly 0, and the costs below see to it: what is not worth writing is not written at all
 memory_lr = 0.1
 memory_decay = 0.0
 
@@ -22,9 +22,9 @@ warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
-write_cost = 2.0        # (nats per unit of mean theta, alpha)
-forget_cost = 200.0
-cost_from = 0.4
+write_cost = 2.0        # nats per unit of mean theta
+forget_cost = 200.0     # nats per unit of mean alpha, by nature far smaller than theta
+cost_from = 0.4         # once it can recall: asked earlier, the gates close for good
 
 eval_interval = 600
 eval_iters = 10
