@@ -71,7 +71,7 @@ def build(content, path, dropout=None):
 
 def same_model(content, config, path):
     """UserError, naming both sides, if a checkpoint's architecture is not the one asked for."""
-    free = {'block_size', 'dropout'} if config.arch != 'gpt' else {'dropout'}  # no weight depends on these
+    free = {'chunk_len', 'dropout'} | ({'block_size'} if config.arch != 'gpt' else set())  # no weight depends on these
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
     theirs = {f.name: f.default for f in dataclasses.fields(TitansConfig)} | content['model_config']  # it may lack new ones
     differ = [k for k in ours if k not in free and theirs[k] != ours[k]]

@@ -24,7 +24,7 @@ Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, 
 """
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 @dataclass
 class TitansConfig:
     """Every option of the model. Raises ValueError, naming the options, on a combination that cannot work."""
-    arch: Literal['mac', 'gpt'] = 'mac'  # mac: Memory as Context. gpt: the same Transformer without memory
+    arch: Literal['mac', 'mag', 'mal', 'lmm', 'gpt'] = 'mac'  # memory as context, gate, layer; alone; a Transformer
     block_size: int = 1024      # tokens of a training sequence, and the attention window of 'gpt'
     vocab_size: int = 50304     # 0 = as many as the data set has (filled in by the trainer)
     n_layer: int = 12
@@ -47,9 +47,10 @@ class TitansConfig:
     dropout: float = 0.0
     bias: bool = False          # in the Linear layers of attention and MLP
     tie_weights: bool = True    # the embedding is the output layer too
-    segment_len: int = 128      # tokens one MAC attention sees
+    segment_len: int = 128      # mac: tokens one attention sees
+    window_len: int = 128       # mag, mal: tokens one token's attention sees, itself included
     chunk_len: int = 64         # tokens whose surprise is measured at the same memory; divides segment_len
-    num_persist_mem: int = 4    # learned tokens in front of every segment
+    num_persist_mem: int = 4    # learned tokens in front of every segment or window
     num_longterm_mem: int = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
     memory_depth: int = 1       # layers of the memory MLP, 1 (linear) to 4
     memory_expansion: int = 2   # its hidden width over its input width
@@ -57,55 +58,81 @@ class TitansConfig:
     memory_conv: int = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
     memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'  # hard: clamped linear, can be exactly 0
     memory_lr: float = 0.1      # where theta starts
-    memory_momentum: float = 0.5   # where eta starts
+    memory_momentum: float = 0.5   # where eta starts; 0 = no momentum at all
     memory_decay: float = 0.001    # where alpha starts: half of the memory is gone after ln 2 / alpha tokens
     memory_layers: str = 'all'  # blocks that have a memory: 'all', 'none' or a list such as '0,2'
     memory_stable: bool = True  # clip each token's error, bound each chunk's step: no divergence whatever the gates do
 
     def __post_init__(self):
-        def need(ok, message):
-            if not ok:
+        if self.arch not in BLOCKS:
+            raise ValueError(f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
+        unused = self.unused()
+
+        def need(ok, message, *names):
+            if not ok and not unused & set(names):
                 raise ValueError(message)
 
-        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'chunk_len', 'memory_heads',
+        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'window_len', 'chunk_len', 'memory_heads',
                      'memory_expansion'):
-            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1", name)
         for name in ('vocab_size', 'num_persist_mem', 'num_longterm_mem', 'memory_conv'):
-            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        need(self.memory_conv != 1, "memory_conv=1 mixes nothing: 0 is no convolution, 2 or more reaches back")
-        need(self.arch in BLOCKS, f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
+            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; the nearest is 0", name)
+        need(self.memory_conv != 1, "memory_conv=1 mixes nothing: 0 is no convolution, 2 or more reaches back", 'memory_conv')
         need(self.memory_gates in ('sigmoid', 'hard', 'fixed'),
-             f"memory_gates='{self.memory_gates}' is not one of sigmoid, hard, fixed")
+             f"memory_gates='{self.memory_gates}' is not one of sigmoid, hard, fixed", 'memory_gates')
         need(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4")
-        need(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        need(self.n_embd // self.n_head % 2 == 0,
-             f"n_embd={self.n_embd} / n_head={self.n_head} must be even, rotary positions turn pairs of channels")
-        need(self.n_embd % self.memory_heads == 0,
-             f"n_embd={self.n_embd} must be a multiple of memory_heads={self.memory_heads}")
-        need(self.segment_len % self.chunk_len == 0,
-             f"segment_len={self.segment_len} must be a multiple of chunk_len={self.chunk_len}")
+        need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4; the nearest is "
+             f"{min(max(self.memory_depth, 1), 4)}", 'memory_depth')
+        C = self.n_embd
+        for name, even in ('n_head', True), ('memory_heads', False):
+            heads, unit = getattr(self, name), getattr(self, name) * (2 if even else 1)
+            fits = [h for h in range(1, C + 1) if C % (h * (2 if even else 1)) == 0]
+            need(C % max(unit, 1) == 0, f"n_embd={C} must be a multiple of {name}={heads}"
+                 + (", with an even width for each, since rotary positions turn pairs of channels" if even else "") + "; "
+                 + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
+                 + f"n_embd={nearest(C, unit)} fits", name)
+        need(self.segment_len % max(self.chunk_len, 1) == 0, f"segment_len={self.segment_len} must be a multiple of chunk_len="
+             f"{self.chunk_len}; segment_len={nearest(self.segment_len, self.chunk_len)} is", 'segment_len', 'chunk_len')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
             value, open_ends = getattr(self, name), self.memory_gates == 'sigmoid'
-            need(0 < value < 1 if open_ends else 0 <= value <= 1,
+            need(0 < value < 1 if open_ends and (value or name != 'memory_momentum') else 0 <= value <= 1,
                  f"{name}={value} must be {'in (0, 1)' if open_ends else 'in [0, 1]'} "
-                 f"with memory_gates='{self.memory_gates}'")
-        if self.memory_gates == 'hard':  # nothing would ever tell such a gate to open, or to close
-            need(self.memory_momentum > 0, "memory_momentum=0 gets no gradient with memory_gates='hard'; start above 0")
-            need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1")
-        self.memory_blocks()
+                 f"with memory_gates='{self.memory_gates}'", name)
+        if self.memory_gates == 'hard':  # nothing would ever tell such a gate to close
+            need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1",
+                 'memory_decay')
 
     def memory_blocks(self):
         """The indices of the blocks that have a memory. ValueError if memory_layers names others than the model has."""
-        if self.memory_layers in ('all', 'none'):
-            return range(self.n_layer) if self.memory_layers == 'all' and self.arch != 'gpt' else range(0)
+        if 'memory_layers' in BLOCKS[self.arch].unused or self.memory_layers == 'none':
+            return []
+        if self.memory_layers == 'all':
+            return list(range(self.n_layer))
         try:
             blocks = sorted({int(i) for i in self.memory_layers.split(',')})
         except ValueError:
             raise ValueError(f"memory_layers='{self.memory_layers}' must be 'all', 'none' or a list such as '0,2'") from None
         if not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
             raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
-        return blocks if self.arch != 'gpt' else range(0)
+        return blocks
+
+    def unused(self):
+        """The names of the options that make no difference to this architecture, or without a memory."""
+        of_memory = {'chunk_len', 'num_longterm_mem', *(f.name for f in fields(TitansConfig) if f.name.startswith('memory_'))}
+        return {*BLOCKS[self.arch].unused, *(of_memory - {'memory_layers'} if not self.memory_blocks() else ())}
+
+    def drop_unused(self):
+        """Set the unused options to their defaults. -> the names of those that were not there yet"""
+        unused = self.unused()
+        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
+        for f in fields(self):
+            setattr(self, f.name, f.default if f.name in unused else getattr(self, f.name))
+        return changed
+
+
+def nearest(n, unit):
+    """The multiple of unit, at least 1 of them, that is nearest to n."""
+    return max(round(n / unit), 1) * unit if unit >= 1 else n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,18 +157,18 @@ class MemoryState(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys are kept unrotated; positions count from the segment's start (mac) or the oldest key (gpt): they never run out."""
+    """Keys are kept unrotated; positions count inside a segment or a pair of windows: they never run out."""
     k: torch.Tensor   # (B, n_head, S, C / n_head)
     v: torch.Tensor   # as k
-    pos: torch.Tensor  # where each key stands   (S,)
+    pos: torch.Tensor | None  # mac: where in its segment each key stands (S,); elsewhere they are the last S read
 
 
 class BlockState(NamedTuple):
-    kv: KVCache
+    kv: KVCache | None              # None: a block without attention
     memory: MemoryState | None      # None: a block without memory
-    base: tuple                     # the weights this segment reads its context from: M when it began
-    tail: torch.Tensor | None       # the retrieval convolution's last inputs   (B, memory_conv - 1, C)
-    last: torch.Tensor | None       # last hidden state of the segment before   (B, 1, C)
+    base: tuple = ()                # mac: the weights this segment reads its context from, M when it began
+    tail: torch.Tensor | None = None  # mac: the retrieval convolution's last inputs   (B, memory_conv - 1, C)
+    last: torch.Tensor | None = None  # mac: last hidden state of the segment before   (B, 1, C)
 
 
 class TitansState(NamedTuple):
@@ -244,7 +271,8 @@ class NeuralMemory(nn.Module):
         widths = [D] + [config.memory_expansion * D] * (config.memory_depth - 1) + [D]
         self.initial = nn.ParameterList(torch.empty(H, o, i) for i, o in itertools.pairwise(widths))  # M_0
         self.gates, self.start = config.memory_gates, (config.memory_lr, config.memory_momentum, config.memory_decay)
-        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, 3 * H)
+        self.learned = tuple(s for i, s in enumerate(self.start) if i != 1 or s > 0)  # no momentum: no gate for it
+        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, len(self.learned) * H)
         self.gain = nn.Parameter(torch.empty(2, H, 1, D))  # of what is read, of the query beside it
         self.reset_parameters()
 
@@ -274,7 +302,7 @@ class NeuralMemory(nn.Module):
             nn.init.zeros_(self.c_gates.weight)
             nn.init.zeros_(self.c_gates.bias)
             if self.gates == 'sigmoid':
-                start = torch.tensor(self.start).logit().repeat_interleave(self.n_head)
+                start = torch.tensor(self.learned).logit().repeat_interleave(self.n_head)
                 self.c_gates.bias.data.copy_(start)
 
     def init_state(self, batch_size):
@@ -314,11 +342,12 @@ class NeuralMemory(nn.Module):
         B, T, _ = x.shape
         if self.c_gates is None:
             return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
-        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (3, self.n_head))  # (B, 3, H, T)
+        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (-1, self.n_head)).unbind(1)  # 3 or 2 of (B, H, T)
         if self.gates == 'sigmoid':
-            return z.sigmoid().unbind(1)
-        # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
-        return tuple((s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.start, z.unbind(1), strict=True))
+            gates = [g.sigmoid() for g in z]
+        else:  # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
+            gates = [(s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.learned, z, strict=True)]
+        return tuple(gates) if len(gates) == 3 else (gates[0], torch.zeros_like(gates[0]), gates[1])
 
     # -- the memory MLP at given weights
 
@@ -447,6 +476,7 @@ class NeuralMemory(nn.Module):
                 return self.output(self.read(self.weights_now(state), q), q, x.dtype), state
             state = state._replace(written=state.written + torch.stack((gates[0], gates[2]), dim=-1).sum(2))
             sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
+            # so far everything was done for the whole call at once; only this, chunk after chunk, has to wait for the last
             for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
                 y, state = self.write(state, q_, k_, v_, gates_)
                 out.append(y)
@@ -487,7 +517,7 @@ class Attention(nn.Module):
 
     def empty_cache(self, batch_size):
         k = self.c_attn.weight.new_empty(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head)
-        return KVCache(k, k, torch.empty(0, dtype=torch.long, device=k.device))
+        return KVCache(k, k, None)
 
     def split(self, x):
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, D)
@@ -501,12 +531,35 @@ class Attention(nn.Module):
         bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
         return [self.split(part) for part in F.linear(x, self.c_attn.weight[C:], bias).chunk(2, dim=-1)]
 
-    def forward(self, q, k, v, q_pos, k_pos, window=None):
-        """q (B, n_head, T, D) over k, v (B, n_head, S, D), at positions q_pos (T,) and k_pos (S,). -> (B, T, C)"""
+    def forward(self, q, k, v, q_pos, k_pos, window=None, first=()):
+        """
+        q (B, n_head, T, D) over k, v (B, n_head, S, D), at positions q_pos (T,) and k_pos (S,), and over `first`, the k and
+        v (1, n_head, P, D) of tokens at position 0 that all see. -> (B, T, C)
+        """
         mask = visible(q_pos, k_pos, window)
-        y = F.scaled_dot_product_attention(rotate(q, q_pos), rotate(k, k_pos), v, attn_mask=mask,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        q, k = rotate(q, q_pos), rotate(k, k_pos)
+        if first:  # position 0 turns nothing
+            k, v = (torch.cat((f.expand(x.size(0), -1, -1, -1), x), dim=2) for f, x in zip(first, (k, v), strict=True))
+            mask = F.pad(mask, (first[0].size(2), 0), value=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def sliding(self, x, cache, pos, window, persist=None):
+        """
+        Each token of x (B, T, C), the first of them the pos-th of its text, over the last `window` tokens and the persistent
+        ones (1, P, C). Block by block of `window` queries, which see less than two blocks of keys: O(T window), and
+        positions that stay below 2 window, however long the text. -> (B, T, C), cache
+        """
+        first, here, out = () if persist is None else self.kv(persist), pos % window, []
+        sizes = pieces(here, x.size(1), window)
+        for q, k, v in zip(*(part.split(sizes, dim=2) for part in self.qkv(x)), strict=True):
+            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+            here += q.size(2)
+            k_pos = torch.arange(window + here - k.size(2), window + here, device=x.device)
+            out.append(self(q, k, v, k_pos[-q.size(2):], k_pos, window, first))
+            old = max(k.size(2) - window + 1, 0)  # out of sight for whatever comes next
+            cache, here = KVCache(k[:, :, old:], v[:, :, old:], None), here % window
+        return torch.cat(out, dim=1), cache
 
 
 class MLP(nn.Module):
@@ -524,34 +577,108 @@ class MLP(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the architectures: one Block each. Block.forward(x, state, pos, update_memory) -> (x, state)
+# the architectures: one Block each
 
 
-class GPTBlock(nn.Module):
-    """The Transformer baseline: causal attention over the last block_size tokens, then an MLP."""
+class Block(nn.Module):
+    """
+    What the architectures share; they differ in forward(x (B, T, C), state, pos, update_memory) -> x, state, where x begins
+    at the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
+    """
+    unused = ()  # options of TitansConfig that the architecture does not look at
 
     def __init__(self, config, has_memory):
         super().__init__()
-        self.window = config.block_size
-        self.norm_1, self.norm_2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
-        self.attn, self.mlp, self.drop = Attention(config), MLP(config), nn.Dropout(config.dropout)
+        C, unused = config.n_embd, self.unused
+        self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
+        self.attn = None if 'n_head' in unused else Attention(config)
+        self.mlp, self.drop = MLP(config), nn.Dropout(config.dropout)
+        P = 0 if 'num_persist_mem' in unused else config.num_persist_mem
+        self.persist = nn.Parameter(torch.randn(1, P, C)) if P else None
+        self.memory = NeuralMemory(config) if has_memory else None
+        self.c_proj = nn.Linear(C, C, bias=config.bias) if has_memory else None
 
     def init_state(self, batch_size):
-        return BlockState(self.attn.empty_cache(batch_size), None, (), None, None)
+        return BlockState(None if self.attn is None else self.attn.empty_cache(batch_size),
+                          None if self.memory is None else self.memory.init_state(batch_size))
+
+    def remember(self, x, state, update_memory):
+        """Write x (B, T, C) to memory and read it after each token. -> what that adds to the stream (B, T, C), state"""
+        m, memory = self.memory(x, state.memory, update_memory)
+        return self.c_proj(m), state._replace(memory=memory)
+
+
+class GPTBlock(Block):
+    """The Transformer baseline: causal attention over the last block_size tokens, then an MLP."""
+    unused = ('segment_len', 'window_len', 'num_persist_mem', 'memory_layers')
+
+    def __init__(self, config, has_memory):
+        super().__init__(config, has_memory)
+        self.window = config.block_size
 
     def forward(self, x, state, pos, update_memory):
-        out, cache = [], state.kv
-        for q, k, v in zip(*(part.split(self.window, dim=2) for part in self.attn.qkv(self.norm_1(x))), strict=True):
-            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
-            k_pos = torch.arange(k.size(2), device=x.device)
-            out.append(self.attn(q, k, v, k_pos[-q.size(2):], k_pos, self.window))
-            old = max(k.size(2) - self.window + 1, 0)  # out of sight for whatever comes next
-            cache = KVCache(k[:, :, old:], v[:, :, old:], k_pos[:k.size(2) - old])
-        x = x + self.drop(torch.cat(out, dim=1))
-        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=cache)
+        y, kv = self.attn.sliding(self.norm_1(x), state.kv, pos, self.window)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=kv)
 
 
-class MACBlock(nn.Module):
+class MAGBlock(Block):
+    """
+    Memory as Gate: sliding-window attention and memory side by side, both over the layer's input,
+        o_t = Attn([P | x])_t + W M_t(q(x_t))
+    Residual, then the MLP. (The paper multiplies the two branches; docs/log.md has both.)
+    """
+    unused = ('segment_len', 'num_longterm_mem')
+
+    def __init__(self, config, has_memory):
+        super().__init__(config, has_memory)
+        self.window = config.window_len
+
+    def forward(self, x, state, pos, update_memory):
+        u = self.norm_1(x)
+        y, kv = self.attn.sliding(u, state.kv, pos, self.window, self.persist)
+        state = state._replace(kv=kv)
+        if self.memory is not None:
+            m, state = self.remember(u, state, update_memory)
+            y = y + m
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x))), state
+
+
+class MALBlock(Block):
+    """Memory as Layer: the memory, then sliding-window attention over what it made of the input, then the MLP; residuals."""
+    unused = ('segment_len', 'num_longterm_mem')
+
+    def __init__(self, config, has_memory):
+        super().__init__(config, has_memory)
+        self.window = config.window_len
+        self.norm_m = RMSNorm(config.n_embd) if has_memory else None
+
+    def forward(self, x, state, pos, update_memory):
+        if self.memory is not None:
+            m, state = self.remember(self.norm_m(x), state, update_memory)
+            x = x + self.drop(m)
+        y, kv = self.attn.sliding(self.norm_1(x), state.kv, pos, self.window, self.persist)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=kv)
+
+
+class LMMBlock(Block):
+    """Long-term memory alone in attention's place, then the MLP. Without a memory only the MLP is left."""
+    unused = ('segment_len', 'window_len', 'n_head', 'num_persist_mem', 'num_longterm_mem')
+
+    def __init__(self, config, has_memory):
+        super().__init__(config, has_memory)
+        self.norm_1 = self.norm_1 if has_memory else None
+
+    def forward(self, x, state, pos, update_memory):
+        if self.memory is not None:
+            m, state = self.remember(self.norm_1(x), state, update_memory)
+            x = x + self.drop(m)
+        return x + self.drop(self.mlp(self.norm_2(x))), state
+
+
+class MACBlock(Block):
     """
     Memory as Context, segment by segment:
         h = M(q(x)), M as the segment found it              what does the past say to this token?
@@ -561,29 +688,24 @@ class MACBlock(nn.Module):
     With num_longterm_mem > 0 h is that many tokens, asked for with learned questions and the last hidden state of the
     segment before, and seen by the whole segment.
     """
+    unused = ('window_len',)
 
     def __init__(self, config, has_memory):
-        super().__init__()
-        C = config.n_embd
-        self.segment_len = config.segment_len
-        self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
-        self.attn, self.mlp, self.drop = Attention(config), MLP(config), nn.Dropout(config.dropout)
-        self.persist = nn.Parameter(torch.randn(1, config.num_persist_mem, C)) if config.num_persist_mem else None
-        self.memory = NeuralMemory(config) if has_memory else None
-        self.questions = None
+        super().__init__(config, has_memory)
+        C, self.segment_len, self.questions = config.n_embd, config.segment_len, None
         if has_memory:
             self.norm_y = RMSNorm(C)
-            self.c_proj = nn.Linear(C, C, bias=config.bias)
             if config.num_longterm_mem:
                 self.questions = nn.Parameter(torch.randn(1, config.num_longterm_mem, C))
                 self.c_last = nn.Linear(C, C, bias=False)
 
     def init_state(self, batch_size):
-        kv = self.attn.empty_cache(batch_size)
+        state = super().init_state(batch_size)
+        state = state._replace(kv=state.kv._replace(pos=torch.empty(0, dtype=torch.long, device=state.kv.k.device)))
         if self.memory is None:
-            return BlockState(kv, None, (), None, None)
-        memory, C = self.memory.init_state(batch_size), self.norm_1.weight.size(0)
-        return BlockState(kv, memory, memory.weights, memory.tail[..., :C], memory.tail.new_zeros(batch_size, 1, C))
+            return state
+        tail, C = state.memory.tail, self.norm_1.weight.size(0)
+        return state._replace(base=state.memory.weights, tail=tail[..., :C], last=tail.new_zeros(batch_size, 1, C))
 
     def open_segment(self, state, x):
         """Note the memory that this segment reads from and, with num_longterm_mem, read it for all of the segment."""
@@ -602,7 +724,7 @@ class MACBlock(nn.Module):
         if per_token := self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
             state, parts = state._replace(tail=tail), [*parts, asked]
-        persist = () if self.persist is None else [p.expand(x.size(0), -1, -1, -1) for p in self.attn.kv(self.persist)]
+        persist = () if self.persist is None else self.attn.kv(self.persist)
         sizes, out = pieces(here, x.size(1), self.segment_len), []
         for x_, u_, q, k, v, *asked in zip(*(p.split(sizes, dim=-2) for p in parts), strict=True):
             if here == 0:
@@ -614,25 +736,21 @@ class MACBlock(nn.Module):
                 k_pos = q_pos.repeat_interleave(2)
             kv = KVCache(torch.cat((state.kv.k.to(k.dtype), k), dim=2), torch.cat((state.kv.v.to(v.dtype), v), dim=2),
                          torch.cat((state.kv.pos, k_pos)))
-            k, v, k_pos = kv
-            if persist:
-                k, v = torch.cat((persist[0], k), dim=2), torch.cat((persist[1], v), dim=2)
-                k_pos = F.pad(k_pos, (self.persist.size(1), 0))
-            y = self.attn(q, k, v, q_pos, k_pos)  # (B, n, C)
+            y = self.attn(q, *kv[:2], q_pos, kv.pos, first=persist)  # (B, n, C)
             if self.memory is not None:
-                m, memory = self.memory(self.norm_y(x_ + y), state.memory, update_memory)
-                y, state = y + self.c_proj(m), state._replace(memory=memory)
+                m, state = self.remember(self.norm_y(x_ + y), state, update_memory)
+                y = y + m
             out.append(y)
             here = (here + q.size(2)) % self.segment_len
             if here == 0:  # the segment is full: nothing of it is seen again but through the memory
-                kv = KVCache(k[:, :, :0], v[:, :, :0], k_pos[:0])
+                kv = KVCache(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[:0])
                 state = state if self.questions is None else state._replace(last=u_[:, -1:])
             state = state._replace(kv=kv)
         x = x + self.drop(torch.cat(out, dim=1))
         return x + self.drop(self.mlp(self.norm_2(x))), state
 
 
-BLOCKS = {'mac': MACBlock, 'gpt': GPTBlock}
+BLOCKS = {'mac': MACBlock, 'mag': MAGBlock, 'mal': MALBlock, 'lmm': LMMBlock, 'gpt': GPTBlock}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -660,11 +778,11 @@ class TitansGPT(nn.Module):
         Linear, wte          N(0, 0.02), bias 0          as GPT-2
         */c_proj             N(0, 0.02 / sqrt(2 n_layer))  the residual stream keeps its size with depth
         memory               NeuralMemory.reset_parameters
-        MAC's c_proj         as large, but the memory's value projection transposed: what is read comes back as what was
+        Block's c_proj       as large, but the memory's value projection transposed: what is read comes back as what was
                              written, which makes the induction head whole
         RMSNorm 1; persist and questions N(0, 1), what a normed token looks like
         """
-        memories = {id(m) for block in self.blocks if getattr(block, 'memory', None) for m in block.memory.modules()}
+        memories = {id(m) for block in self.blocks if block.memory is not None for m in block.memory.modules()}
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in memories:
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith('c_proj') else 1.0
@@ -672,9 +790,15 @@ class TitansGPT(nn.Module):
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
-            if getattr(block, 'memory', None):
+            if block.memory is not None:
                 values = block.memory.c_qkv.weight[-self.config.n_embd:]
                 block.c_proj.weight.data.copy_(values.mT * 0.02 * (self.config.n_embd / (2 * self.config.n_layer)) ** 0.5)
+
+    def set_chunk_len(self, chunk_len):
+        """Measure surprise over chunks of another length from here on; a state must not have more than that pending."""
+        for block in self.blocks:
+            if block.memory is not None:
+                block.memory.chunk_len = chunk_len
 
     def init_state(self, batch_size):
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))

@@ -30,7 +30,7 @@ import checkpoint
 import configurator
 from configurator import UserError
 from dataset import Dataset
-from model import TitansConfig, TitansGPT, detach_state, map_state
+from model import TitansConfig, TitansGPT, detach_state, map_state, nearest
 
 
 @dataclass
@@ -55,7 +55,8 @@ class TrainConfig(TitansConfig):
     # memory in training
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
     reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
-    tbptt: int = 0                  # segments between cuts of the graph; 0 = none inside a sequence
+    tbptt: int = 0                  # tokens between cuts of the graph; 0 = none inside a sequence
+    max_chunk_len: int = 0          # each step draws a chunk length, chunk_len times a power of two up to this; 0 = chunk_len
     update_memory: bool = True      # False: the memory stays at M_0, for comparison
     write_cost: float = 0.0         # price of writing, nats per unit of mean theta: hard gates close on what is not worth it
     forget_cost: float = 0.0        # price of forgetting, nats per unit of mean alpha
@@ -92,17 +93,29 @@ class TrainConfig(TitansConfig):
         for name in ('reset_prob', 'cost_from'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        if self.carry_state and not self.memory_blocks():
-            raise ValueError(f"carry_state=True needs a memory to carry: arch='{self.arch}' with "
-                             f"memory_layers='{self.memory_layers}' has none")
-        if self.carry_state and self.block_size % self.segment_len:
-            raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of "
-                             f"segment_len={self.segment_len}, so that rows can be reset at a segment's edge")
-        for name, what in (('tbptt', "cuts the graph through the memory"), ('write_cost', "is the price of writing to memory"),
-                           ('forget_cost', "is the price of forgetting")):
-            if getattr(self, name) and not self.memory_blocks():
-                raise ValueError(f"{name}={getattr(self, name)} {what}: arch='{self.arch}' with "
-                                 f"memory_layers='{self.memory_layers}' has none")
+        unused = self.unused()
+        whole, of = (self.segment_len, 'segment_len') if 'segment_len' not in unused else (self.block_size, 'block_size')
+        fits = [n for n in self.chunk_lens(whole) if whole % n == 0]
+        if 'max_chunk_len' not in unused and self.max_chunk_len not in (0, *fits):
+            raise ValueError(f"max_chunk_len={self.max_chunk_len} must be chunk_len={self.chunk_len} times a power of two that "
+                             f"divides {of}={whole}: one of {', '.join(map(str, fits))}, or 0")
+        unit, of = (self.segment_len, of) if of == 'segment_len' else (self.chunk_len, 'chunk_len')
+        if 'carry_state' not in unused and self.carry_state and self.block_size % unit:
+            raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of {of}={unit}, so that "
+                             f"rows can be reset there; block_size={nearest(self.block_size, unit)} is")
+
+    def chunk_lens(self, most):
+        """chunk_len, twice that, ..., up to most"""
+        n = self.chunk_len
+        while n <= max(most, self.chunk_len):
+            yield n
+            n *= 2
+
+    def unused(self):
+        """What the trainer would ask of a memory is not used either where there is none."""
+        of_memory = ('carry_state', 'reset_prob', 'tbptt', 'update_memory', 'write_cost', 'forget_cost', 'cost_from',
+                     'max_chunk_len')
+        return super().unused() | set(() if self.memory_blocks() else of_memory)
 
     def model_config(self):
         return TitansConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TitansConfig)})
@@ -190,6 +203,7 @@ class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
     def __init__(self, config):
+        self.ignored = config.drop_unused()  # any config can be switched to any architecture
         self.config, self.process = config, Process(config)
         self.device = self.process.device
         self.data = Dataset(config.data_dir, config.dataset)
@@ -296,16 +310,20 @@ class Run:
         return tensor.to(self.device)
 
     def start_state(self, micro, m):
-        """The state micro-batch m goes on from: what it carried, rows drawn at random begun afresh (and M_0 trained)."""
-        fresh = self.raw.init_state(self.config.batch_size)
-        if self.states[micro] is None:
+        """
+        The state micro-batch m goes on from: what it carried, the memory of rows drawn at random begun afresh (and M_0
+        trained). What a window still holds stays in sight.
+        """
+        fresh, old = self.raw.init_state(self.config.batch_size), self.states[micro]
+        if old is None:
             return fresh
+        fresh = fresh._replace(blocks=tuple(f._replace(kv=o.kv) for f, o in zip(fresh.blocks, old.blocks, strict=True)))
         draw = np.random.default_rng([self.config.seed, 2, self.step, m]).random(self.config.batch_size)
         reset = self.to_device(draw < self.config.reset_prob)
 
         def choose(new, old):  # positions have no rows and are the same for both
             return old if old.dim() < 2 else torch.where(reset.view(-1, *[1] * (old.dim() - 1)), new, old)
-        return map_state(choose, fresh, self.states[micro])._replace(pos=self.states[micro].pos)
+        return map_state(choose, fresh, old)._replace(pos=old.pos)
 
     # -- the step
 
@@ -320,7 +338,9 @@ class Run:
             group['lr'] = lr
         noise = np.random.default_rng([config.seed, 3, self.step, self.process.rank])
         torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
-        cut = config.tbptt * config.segment_len or config.block_size
+        lens = list(config.chunk_lens(config.max_chunk_len))
+        self.raw.set_chunk_len(lens[np.random.default_rng([config.seed, 4, self.step]).integers(len(lens))])
+        cut = config.tbptt or config.block_size
         total, written, states = torch.zeros((), device=self.device), torch.zeros(2, device=self.device), list(self.states)
         price = torch.tensor((config.write_cost, config.forget_cost), device=self.device)
         price = price if price.any() and self.step >= config.cost_from * config.max_iters else None
@@ -375,6 +395,7 @@ class Run:
         """
         config, losses = self.config, {}
         self.raw.eval()
+        self.raw.set_chunk_len(config.chunk_len)
         for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
             total, state = torch.zeros((), device=self.device), None
             for i in range(config.eval_iters):
@@ -464,6 +485,8 @@ class Run:
                      ('  memory_lr', f"theta {config.memory_lr:g} = inner learning rate"),
                      ('  memory_momentum', f"eta {eta:g} = a surprise lasts {span}"),
                      ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
+        if self.ignored:
+            rows.append((f"not used by {config.arch}", ', '.join(self.ignored)))
         for name, value in rows:
             self.say(f"{name:<18} {value}")
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import TitansConfig, TitansGPT, detach_state, draw, map_state
+from model import TitansConfig, TitansGPT, detach_state, draw, map_state, rotate
 
 SEGMENT, CHUNK = 8, 4
 VARIANTS = {
@@ -14,13 +14,22 @@ VARIANTS = {
     'mac one chunk': {'chunk_len': SEGMENT, 'memory_conv': 0, 'memory_gates': 'fixed'},
     'mac long-term tokens': {'num_longterm_mem': 3, 'memory_layers': '1', 'num_persist_mem': 0},
     'mac no memory': {'memory_layers': 'none'},
+    'mag': {'arch': 'mag'},
+    'mag deep': {'arch': 'mag', 'memory_depth': 2, 'window_len': 5, 'memory_gates': 'hard', 'bias': True, 'tie_weights': False},
+    'mag no memory': {'arch': 'mag', 'memory_layers': 'none', 'num_persist_mem': 0, 'window_len': 1},
+    'mal': {'arch': 'mal', 'memory_momentum': 0.0},
+    'mal deep': {'arch': 'mal', 'memory_depth': 3, 'memory_layers': '1', 'window_len': 3, 'num_persist_mem': 0},
+    'lmm': {'arch': 'lmm'},
+    'lmm deep': {'arch': 'lmm', 'memory_depth': 2, 'memory_gates': 'hard', 'memory_momentum': 0.0, 'memory_conv': 0},
 }
+WITH_MEMORY = [name for name in VARIANTS if name != 'gpt' and 'no memory' not in name]
 
 
-def build(variant='mac', dtype=torch.float64, shake=0.1, **options):
+def build(variant='mac', dtype=torch.float64, shake=0.1, **more):
     """A small model, its parameters shaken so that no zero-initialised path can hide anything."""
     options = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'memory_heads': 2, 'block_size': 4 * SEGMENT, 'vocab_size': 17,
-               'segment_len': SEGMENT, 'chunk_len': CHUNK, 'num_persist_mem': 2} | VARIANTS[variant] | options
+               'segment_len': SEGMENT, 'window_len': SEGMENT, 'chunk_len': CHUNK, 'num_persist_mem': 2}
+    options |= VARIANTS[variant] | more
     torch.manual_seed(0)
     model = TitansGPT(TitansConfig(**options)).to(dtype).eval()
     with torch.no_grad():
@@ -60,7 +69,7 @@ def test_no_token_sees_its_future(variant):
         assert not torch.equal(before[:, t], after[:, t])
 
 
-@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mac long-term tokens'])
+@pytest.mark.parametrize('variant', WITH_MEMORY)
 def test_memory_reaches_past_the_segments(variant):
     """A token three segments back still changes the logits; with the memory frozen it cannot."""
     model, idx = build(variant, n_layer=2), tokens(1, 4 * SEGMENT)
@@ -116,7 +125,7 @@ def test_every_token_is_read_once(variant):
     assert ends[0].pos == whole.pos == 13
     for a, b in zip(tensors(ends[0]), tensors(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    if model.blocks[-1].__dict__['_modules'].get('memory') is not None:
+    if model.blocks[-1].memory is not None:
         assert whole.blocks[-1].memory.pending.theta.size(-1) == 13 % model.config.chunk_len
 
 
@@ -172,7 +181,7 @@ def test_ignored_targets_and_last_logits(variant):
     torch.testing.assert_close(last, logits[:, -1:])
 
 
-@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mac long-term tokens'])
+@pytest.mark.parametrize('variant', WITH_MEMORY)
 def test_frozen_memory_is_read_and_never_written(variant):
     model, idx = build(variant), tokens(2, 2 * SEGMENT + 3)
     state = model(idx)[2]
@@ -194,7 +203,7 @@ def test_detach_state_cuts_the_graph_and_nothing_else():
 
 
 @pytest.mark.parametrize('autocast', [False, True])
-@pytest.mark.parametrize('variant', ['mac', 'mac deep'])
+@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mag', 'mal', 'lmm deep'])
 def test_32k_random_tokens_stay_bounded(variant, autocast):
     model = build(variant, torch.float32, segment_len=64, chunk_len=64)
     with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
@@ -229,18 +238,19 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
 
 
 @pytest.mark.parametrize('options, words', [
-    ({'n_embd': 30, 'n_head': 4}, ('n_embd=30', 'n_head=4')),
-    ({'n_embd': 12, 'n_head': 4}, ('n_embd=12', 'n_head=4', 'even')),
-    ({'memory_heads': 5}, ('n_embd=768', 'memory_heads=5')),
-    ({'segment_len': 100, 'chunk_len': 64}, ('segment_len=100', 'chunk_len=64')),
-    ({'memory_depth': 5}, ('memory_depth=5',)),
+    ({'n_embd': 30, 'n_head': 4}, ('n_embd=30', 'n_head=4', 'n_head=3 or n_embd=32 fits')),
+    ({'n_embd': 12, 'n_head': 4}, ('n_embd=12', 'n_head=4', 'even', 'n_head=3 or n_embd=16 fits')),
+    ({'memory_heads': 5}, ('n_embd=768', 'memory_heads=5', 'memory_heads=4 or n_embd=770 fits')),
+    ({'segment_len': 100, 'chunk_len': 64}, ('segment_len=100', 'chunk_len=64', 'segment_len=128')),
+    ({'memory_depth': 5}, ('memory_depth=5', 'nearest is 4')),
+    ({'memory_depth': 0}, ('memory_depth=0', 'nearest is 1')),
     ({'chunk_len': 0}, ('chunk_len=0',)),
     ({'memory_conv': 1}, ('memory_conv=1',)),
     ({'memory_layers': '0,12'}, ("memory_layers='0,12'", 'n_layer-1=11')),
     ({'memory_layers': 'some'}, ("memory_layers='some'", "'0,2'")),
     ({'memory_decay': 0.0}, ('memory_decay=0.0', "memory_gates='sigmoid'")),
     ({'memory_momentum': 1.5, 'memory_gates': 'hard'}, ('memory_momentum=1.5', "memory_gates='hard'")),
-    ({'memory_momentum': 0.0, 'memory_gates': 'hard'}, ('memory_momentum=0', "memory_gates='hard'")),
+    ({'arch': 'mag', 'window_len': 0}, ('window_len=0', 'at least 1')),
     ({'arch': 'rnn'}, ("arch='rnn'", 'mac')),
     ({'dropout': 1.0}, ('dropout=1.0',)),
 ])
@@ -248,3 +258,44 @@ def test_config_names_both_options(options, words):
     with pytest.raises(ValueError) as error:
         TitansConfig(**options)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('options, ignored', [
+    ({'arch': 'gpt', 'n_embd': 104, 'memory_heads': 12, 'segment_len': 100, 'window_len': 0, 'memory_depth': 0},
+     {'segment_len', 'window_len', 'chunk_len', 'memory_heads', 'memory_depth', 'num_persist_mem', 'memory_layers'}),
+    ({'arch': 'lmm', 'n_embd': 7, 'memory_heads': 7, 'n_head': 2}, {'n_head', 'segment_len', 'window_len', 'num_persist_mem'}),
+    ({'arch': 'mag', 'segment_len': 100}, {'segment_len', 'num_longterm_mem'}),
+    ({'arch': 'mac', 'memory_layers': 'none', 'chunk_len': 7}, {'chunk_len', 'memory_lr', 'num_longterm_mem', 'window_len'}),
+])
+def test_options_the_arch_does_not_use_are_known_and_not_checked(options, ignored):
+    unused = TitansConfig(**{'n_head': 4} | options).unused()
+    assert ignored <= unused and not unused & {'n_embd', 'n_layer', 'block_size', 'arch'}
+
+
+@pytest.mark.parametrize('variant', ['gpt', 'mag no memory', 'mag'])
+@pytest.mark.parametrize('window, persist, cuts', [(5, 0, (23,)), (5, 3, (1, 9, 2, 11)), (1, 2, (4, 3)), (40, 2, (7, 16))])
+def test_sliding_attention_is_masked_attention(variant, window, persist, cuts):
+    """By blocks, in pieces, = one T x T attention under a mask, written down here. Positions from two blocks before on."""
+    model = build(variant, n_layer=1)
+    attn, T = model.blocks[0].attn, sum(cuts)
+    x, p = torch.randn(2, T, 16).double(), torch.randn(1, persist, 16).double() if persist else None
+    cache, pos, parts = attn.empty_cache(2), 0, []
+    for piece in x.split(cuts, dim=1):
+        y, cache = attn.sliding(piece, cache, pos, window, p)
+        pos += piece.size(1)
+        parts.append(y)
+        assert cache.k.size(2) <= window
+    q, k, v = attn.qkv(x)
+    rows = []
+    for t in range(T):
+        seen = range(max(t - window + 1, 0), t + 1)
+        place = torch.tensor([window + t % window])
+        k_pos = torch.tensor([window + t % window - (t - s) for s in seen])
+        keys, values = rotate(k[:, :, seen], k_pos), v[:, :, seen]
+        if persist:
+            pk, pv = (z.expand(2, -1, -1, -1) for z in attn.kv(p))
+            keys, values = torch.cat((pk, keys), dim=2), torch.cat((pv, values), dim=2)
+        weight = (rotate(q[:, :, t:t + 1], place) @ keys.mT / math.sqrt(keys.size(-1))).softmax(-1)
+        rows.append(weight @ values)
+    want = attn.c_proj(torch.cat(rows, dim=2).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-9, atol=1e-9)
