@@ -238,9 +238,21 @@ def decay_products(x):
     return logs.masked_fill(future, float('-inf')).exp()
 
 
-def gelu_slope(z):
-    """d gelu(z) / dz"""
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for z ~ N(0, 1)
+
+
+def features(z):
+    """
+    g(z) of the memory's hidden layers: gelu, centred and scaled so that a random layer turns keys of unit length into
+    features of unit length, and keys at a right angle into features nearly so: what is written under one stays there.
+    """
+    return (F.gelu(z) - GELU_MEAN) / (GELU_STD * math.sqrt(z.size(-1)))
+
+
+def features_slope(z):
+    """d features(z) / dz, element by element"""
+    slope = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return slope / (GELU_STD * math.sqrt(z.size(-1)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +261,7 @@ def gelu_slope(z):
 
 class NeuralMemory(nn.Module):
     """
-    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)), g(z) = gelu(z) / sqrt(width),
+    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)) with g = features,
     written to by the update at the top of this file, in its closed form over a chunk.
 
     With L(x)[t, s] = prod_{s < j <= t} x_j, a_i and d_i the input and output-side delta of token i in one layer (its
@@ -324,6 +336,10 @@ class NeuralMemory(nn.Module):
         """(B, T, H * D) -> (B, H, T, D), in the precision of the parameters, whatever autocast says."""
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.gain.dtype)
 
+    def unit(self, x):
+        """x at unit length, but for what is next to nothing: at first the first key of a text is exactly 0."""
+        return F.normalize(x, dim=-1, eps=0.1)
+
     def project(self, x, weight, conv, tail):
         """x (B, T, C) -> its projection through conv and SiLU (B, T, out), and the conv's new tail"""
         x = F.linear(x, weight)
@@ -335,7 +351,7 @@ class NeuralMemory(nn.Module):
         """The query of each token of x (B, T, C) alone. -> q (B, H, T, D), new tail (B, K-1, C)"""
         C = x.size(2)
         q, tail = self.project(x, self.c_qkv.weight[:C], None if self.conv is None else self.conv[:C], tail)
-        return F.normalize(self.heads(q), dim=-1), tail
+        return self.unit(self.heads(q)), tail
 
     def gate(self, x):
         """theta, eta, alpha of each token of x (B, T, C), in the precision of the parameters.   3 of (B, H, T)"""
@@ -356,7 +372,7 @@ class NeuralMemory(nn.Module):
         for i, w in enumerate(weights):
             q = q @ w.mT
             if i < len(weights) - 1:
-                q = F.gelu(q) / math.sqrt(q.size(-1))
+                q = features(q)
         return q
 
     def surprise(self, weights, k, v):
@@ -367,14 +383,14 @@ class NeuralMemory(nn.Module):
             z = a @ w.mT  # (B, H, n, out)
             pre.append(z)
             if i < len(weights) - 1:
-                a = F.gelu(z) / math.sqrt(z.size(-1))
+                a = features(z)
         d = 2 * (z - v)
         if self.stable:
             limit = 2 * self.ERROR_CLIP
             d = d * (limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(limit))
         deltas = [d]
         for w, z in zip(weights[:0:-1], pre[-2::-1], strict=True):
-            d = d @ w * gelu_slope(z) / math.sqrt(z.size(-1))  # (B, H, n, out of the layer below)
+            d = d @ w * features_slope(z)  # (B, H, n, out of the layer below)
             deltas.append(d)
         return tuple(inputs), tuple(deltas[::-1])
 
@@ -444,7 +460,7 @@ class NeuralMemory(nn.Module):
         for i, (w, s, a, d) in enumerate(zip(state.weights, state.surprise, *pending[:2], strict=True)):
             y = beta * (y @ w.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
             if i < len(state.weights) - 1:
-                y = F.gelu(y) / math.sqrt(y.size(-1))
+                y = features(y)
         if pending.theta.size(-1) == self.chunk_len:
             weights, surprise = self.fold(state, into_m, into_s)
             state = state._replace(weights=weights, surprise=surprise, pending=self.no_pending(k.size(0)))
@@ -470,7 +486,7 @@ class NeuralMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             gates = self.gate(x)
             q, k, v = self.heads(qkv).chunk(3, dim=1)  # (B, H, T, D)
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = self.unit(q), self.unit(k)
             state = state._replace(tail=tail)
             if not update_memory:
                 return self.output(self.read(self.weights_now(state), q), q, x.dtype), state

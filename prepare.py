@@ -7,6 +7,7 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
     python prepare.py needle               needles in haystacks: training rows and an evaluation set, needs no network
+    python prepare.py recall               pairs to be recalled three segments later, needs no network
 
 --source=PATH takes a file already on disk instead of a download (shakespeare*), or another folder of Python (stdlib).
 """
@@ -26,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 import needle as needles
+import recall as recalls
 from configurator import UserError, load, run
 from dataset import WORD, Dataset, Tokenizer, Writer
 
@@ -43,9 +45,9 @@ class PrepareConfig:
     num_proc: int = 0       # openwebtext: processes; 0 = one per core
     haystack: str = ''      # needle: a prepared data set or a file of text; '' = the Python language reference
     block_size: int = 256   # needle: tokens of a training row
-    rows: int = 32768       # needle: training rows, and a sixteenth as many for validation
+    rows: int = 32768       # needle, recall: training rows, and a sixteenth as many for validation
     words: int = 768        # needle: words that are tokens, beside the 256 bytes that spell the rest
-    seed: int = 1337        # needle
+    seed: int = 1337        # needle, recall
 
 
 def download(url, path, sha256=''):
@@ -193,6 +195,15 @@ def needle(config):
         writer.write('eval.json', json.dumps({'haystack': texts['val'], 'samples': needles.evaluation_set(config.seed)}))
 
 
+def recall(config):
+    tokenizer = Tokenizer({'kind': 'byte'})
+    with Writer(config.data_dir, 'recall', tokenizer, recalls.LENGTH + 1) as writer:
+        for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
+            for row in tqdm(range(rows), desc=f'recall {split}', unit='row'):
+                rng = np.random.default_rng([config.seed, key, row])
+                writer.add(split, *recalls.recall_row(rng, int(rng.choice(recalls.PAIRS))))
+
+
 def encode_document(text):
     tokenizer = Tokenizer({'kind': 'gpt2'})
     return [*tokenizer.encode(text), tokenizer.bpe.eot_token]
@@ -222,7 +233,7 @@ def openwebtext(config):
                 bar.update()
 
 
-CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text, needle)}
+CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text, needle, recall)}
 
 
 def main(argv):
@@ -231,7 +242,7 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
-    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'openwebtext': ''}
+    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'openwebtext': '', 'recall': ''}
     if config.source and names[0] in instead:
         raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
     for name, least in ('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW):

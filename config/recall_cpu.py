@@ -1,0 +1,23 @@
+# Recall of 4 to 32 pairs three segments back, on 2 CPU cores: `make recall` trains every architecture on it.
+out_dir = 'out/recall_cpu'
+dataset = 'recall'
+
+n_layer = 2
+n_head = 2
+n_embd = 64
+memory_heads = 1
+segment_len = 32
+window_len = 32
+chunk_len = 32
+
+block_size = 256
+batch_size = 16
+max_iters = 600
+warmup_iters = 50
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+
+eval_interval = 50
+eval_iters = 4
+log_interval = 50

@@ -1,0 +1,72 @@
+"""
+How many pairs does a model recall, three segments after it read them? recall.json in the first out_dir.
+
+    python prepare.py recall
+    python train.py config/recall_cpu.py --arch=mag --out_dir=out/recall-mag
+    python eval_recall.py --out_dir=out/recall-mag,out/recall-gpt
+
+Every value is asked for; a value is recalled if it is the likeliest of all tokens. Chance is that of a model that knows which
+values the row has and not which is whose: 1 / pairs. See recall.py for the rows.
+"""
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+import configurator
+from checkpoint import save_json
+from configurator import UserError
+from recall import PAIRS, recall_row
+from sample import Reader
+
+
+@dataclass
+class RecallConfig:
+    out_dir: str = 'out/recall_cpu'   # a run, or several with commas between
+    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
+    rows: int = 100                   # for each number of pairs
+    seed: int = 7                     # of the rows; those of prepare.py have others
+    device: str = 'auto'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+
+
+@torch.no_grad()
+def recalled(reader, pairs, config, update_memory):
+    """The part of the values asked for that is recalled."""
+    rows = [recall_row(np.random.default_rng([config.seed, pairs, i]), pairs) for i in range(config.rows)]
+    ids, weights = (torch.from_numpy(np.stack(part).astype(np.int64)).to(reader.device) for part in zip(*rows, strict=True))
+    with reader.autocast:
+        logits, _, _ = reader.model(ids[:, :-1], ids[:, 1:], update_memory=update_memory)
+    asked = weights[:, 1:] > 0
+    return (logits.argmax(-1) == ids[:, 1:])[asked].float().mean().item()
+
+
+def main(argv):
+    config = configurator.load(RecallConfig, argv, __doc__)
+    results = {}
+    print('recalled, %'.ljust(40) + ''.join(f'{n:>4} pairs' for n in PAIRS))
+    for out_dir in config.out_dir.split(','):
+        reader = Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+        if reader.content['tokenizer'] != {'kind': 'byte'}:
+            raise UserError(f"{reader.path} was not trained on rows of recall: its tokens are not bytes")
+        for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
+            name = os.path.basename(out_dir.rstrip('/')) + ('' if update_memory else ', never written')
+            results[name] = {n: recalled(reader, n, config, update_memory) for n in PAIRS}
+            print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
+    print('chance'.ljust(40) + ''.join(f'{100 / n:10.1f}' for n in PAIRS))
+    path = os.path.join(config.out_dir.split(',')[0], 'recall.json')
+    save_json(path, {'rows': config.rows, 'seed': config.seed, 'recalled': results}, indent=1)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == '__main__':
+    configurator.run(main)

@@ -1,0 +1,49 @@
+"""
+A million tokens through one small model, in constant memory and constant time a token.
+
+    python examples/long_stream.py              # under a minute on a CPU
+    python examples/long_stream.py mag 4194304  # another architecture, another length
+
+Text is read in pieces; what goes from one to the next is the state: windows of attention, M, S and the tokens of an open chunk.
+"""
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import BLOCKS, TitansConfig, TitansGPT, map_state
+
+PIECE = 8192
+
+
+def size(state):
+    """Bytes of a state."""
+    sizes = []
+    map_state(lambda x: sizes.append(x.numel() * x.element_size()) or x, state)
+    return sum(sizes)
+
+
+@torch.inference_mode()
+def main(arch='mac', length='1048576'):
+    if arch not in BLOCKS or not length.isdecimal() or int(length) < PIECE:
+        sys.exit(f"long_stream.py: give an architecture, one of {', '.join(BLOCKS)}, and a length of at least {PIECE}")
+    torch.manual_seed(0)
+    model = TitansGPT(TitansConfig(arch=arch, n_layer=1, n_head=1, n_embd=32, memory_heads=1, vocab_size=256, block_size=256,
+                                   segment_len=256, window_len=128, chunk_len=128)).eval()
+    state, began = None, time.perf_counter()
+    print(f"{arch}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+          f"{'tokens read':>12}{'state, bytes':>15}{'process, MB':>14}{'microseconds a token':>23}")
+    for read in range(PIECE, int(length) + 1, PIECE):
+        _, _, state = model(torch.randint(256, (1, PIECE)), state=state)
+        if read % (int(length) // 8 // PIECE * PIECE or PIECE) == 0:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 1024)
+            spent, began = time.perf_counter() - began, time.perf_counter()
+            print(f"{read:12,}{size(state):15,}{peak:14,.0f}{1e6 * spent / (int(length) // 8 // PIECE * PIECE or PIECE):23.1f}",
+                  flush=True)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:3])
