@@ -1,4 +1,5 @@
 """What a user types, and what comes back: one clear line for every mistake, and nothing half-written."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import sample
 import train
 from configurator import UserError
 from dataset import Dataset, Tokenizer
+from model import BLOCKS, TitansConfig
 
 HERE = Path(__file__).resolve().parent.parent
 TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(300))
@@ -58,6 +60,7 @@ def refused(main, *argv):
     ('--compile=maybe', ('compile must be True or False',)),
     ('--arch=rnn', ('arch must be one of', "'mac'")),
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
+    ('--max_chunk_len=100', ('max_chunk_len=100', 'chunk_len=64', 'segment_len=128', 'one of 64, 128')),
     ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
     ('--batch_size=0', ('batch_size=0',)),
     ('--learning_rate=nan', ('learning_rate', 'float')),
@@ -93,9 +96,23 @@ def test_precedence_and_types(tmp_path):
     assert (config.wandb_run_name, config.compile, config.n_head) == ('x=y', True, train.TrainConfig.n_head)
 
 
+@pytest.mark.parametrize('arch', BLOCKS)
 @pytest.mark.parametrize('path', sorted((HERE / 'config').glob('*.py')), ids=lambda p: p.name)
-def test_every_config_file_loads(path):
-    configurator.load(train.TrainConfig, [str(path)])
+def test_every_config_can_be_switched_to_every_arch(path, arch):
+    config = configurator.load(train.TrainConfig, [str(path), f'--arch={arch}'])
+    ignored = config.drop_unused()
+    assert not config.drop_unused() and set(ignored) <= config.unused()
+    TitansConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)})
+
+
+def test_what_the_arch_does_not_use_is_said_once(place, capsys):
+    flags = ['--dataset=text', *TINY, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8', '--memory_heads=3']
+    assert train.main(flags) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if 'not used by gpt' in line]
+    assert len(said) == 1 and set(said[0].split('gpt')[1].strip().split(', ')) == {
+        'write_cost', 'carry_state', 'tbptt', 'memory_heads', 'segment_len', 'chunk_len'}
+    assert train.main(['--dataset=text', *TINY, '--arch=mac', '--max_iters=0']) == 0
+    assert 'not used' not in capsys.readouterr().out
 
 
 def test_print_config_and_help_exit_zero(capsys):
@@ -306,6 +323,8 @@ def test_foreign_checkpoints_are_refused(trained):
     path = 'out/ckpt.pt'
     message = refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--n_embd=32')
     assert 'another architecture' in message and 'n_embd=16 there, 32 asked for' in message
+    message = refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--arch=mal', '--window_len=4')
+    assert all(words in message for words in ("arch='mac' there, 'mal' asked for", 'segment_len=8 there', '4 asked for'))
     content = checkpoint.load(path)
     checkpoint.save(path, content | {'model_config': content['model_config'] | {'n_layer': 2}})
     assert 'do not fit the configuration' in refused(sample.main)

@@ -63,6 +63,9 @@ def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize('options', [
     {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1}, {'tbptt': 8, 'gradient_accumulation_steps': 2},
     {'carry_state': True, 'tbptt': 8, 'gradient_accumulation_steps': 2}, {'dtype': 'float16'}, {'arch': 'gpt', 'dropout': 0.2},
+    {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'tbptt': 6},
+    {'arch': 'mal', 'carry_state': True, 'max_chunk_len': 16, 'memory_depth': 2},
+    {'arch': 'lmm', 'carry_state': True, 'memory_momentum': 0.0},
     {'dtype': 'bfloat16', 'memory_depth': 2, 'num_longterm_mem': 2, 'carry_state': True}])
 def test_resume_continues_to_the_bit(data_dir, tmp_path, options):
     """6 steps = 3 + resume + 3: model, optimizer, scaler, data position, carried state; and the log reads as one."""
@@ -275,3 +278,40 @@ def test_two_processes_train_as_one(data_dir, tmp_path, options):
         losses.append([row.get('loss', row.get('val_loss')) for row in rows])
         assert len(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['states']) == 2 * config.carry_state
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ['mac', 'mag'])
+def test_chunk_lengths_are_drawn_for_training_alone(data_dir, tmp_path, arch):
+    """Every length up to the largest is drawn, each time anew; evaluation and later runs have the model's own."""
+    drawn, evaluated = [], []
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), arch=arch, max_iters=24, chunk_len=2, max_chunk_len=8)
+    run = Run(config)
+    before = run.raw.set_chunk_len
+    run.raw.set_chunk_len = lambda n: (drawn.append(n), before(n))
+    for _ in range(24):
+        run.train_step()
+    assert set(drawn) == {2, 4, 8} and len(drawn) == 24
+    run.raw.set_chunk_len = lambda n: (evaluated.append(n), before(n))
+    own = run.evaluate()['val']
+    assert evaluated == [2] and {b.memory.chunk_len for b in run.raw.blocks} == {2}
+    run.raw.set_chunk_len(8)
+    x, y, _ = run.batch(0)[0]
+    other = run.raw(x, y)[1].item()
+    run.raw.set_chunk_len(2)
+    assert 1e-7 < abs(other - run.raw(x, y)[1].item()) < 0.1 and math.isfinite(own)
+
+
+def test_reset_rows_begin_afresh_and_others_go_on(data_dir, tmp_path):
+    """A window's keys have no fresh memory to begin from: they stay, the memory of the rows drawn is M_0."""
+    run = Run(tiny(data_dir, out_dir=str(tmp_path), arch='mag', carry_state=True, reset_prob=0.5, batch_size=8, window_len=5))
+    run.train_step()
+    old = run.states[0]
+    new = run.start_state(0, 0)
+    draw = np.random.default_rng([run.config.seed, 2, run.step, 0]).random(8) < 0.5
+    assert 0 < draw.sum() < 8 and new.pos == old.pos == 16
+    for block, a, b in zip(run.raw.blocks, new.blocks, old.blocks, strict=True):
+        assert a.kv.k.size(2) == 4 and torch.equal(a.kv.k, b.kv.k)
+        for row, reset in enumerate(draw):
+            assert torch.equal(a.memory.weights[0][row], block.memory.initial[0]) == reset
+            assert torch.equal(a.memory.weights[0][row], b.memory.weights[0][row]) == (not reset)
+            assert bool(a.memory.surprise[0][row].any()) == (not reset)
