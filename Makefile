@@ -1,11 +1,12 @@
 # make demo   from nothing to a sample: install, prepare, train on the CPU, plot, sample (about 5 minutes on 2 cores)
 # make needle needles in haystacks: train a model and a Transformer, draw where each finds them, with and without memory
 # make test   install what is needed, run the tests
+SHELL = /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle test lint compare ablate shakespeare clean
+.PHONY: demo needle test lint compare family recall ablate shakespeare clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -53,6 +54,32 @@ ablate: .venv/ready
 	  $(BIN)/python train.py config/needle_cpu.py --max_iters=500 --out_dir=$$out $$(echo $$change | tr , ' '); \
 	  $(BIN)/python eval_needle.py --out_dir=$$out --control=False --lengths=1024,16384 --depths=50 --samples=50 --cell_tokens=262144; \
 	done
+
+# every architecture at equal parameters and tokens, 3 seeds: text and needles; two hours on one core.
+# name:changes:width on text:width on needles. window is attention without memory; delta, memory without momentum, a gated delta rule
+FAMILY = gpt:--arch=gpt:152:104 window:--arch=mag,--memory_layers=none:152:104 delta:--arch=lmm,--memory_momentum=0:148:108 \
+  mac:--arch=mac:128:96 mac-2:--arch=mac,--memory_depth=2:128:96 mag:--arch=mag:128:96 mag-2:--arch=mag,--memory_depth=2:128:96 \
+  mal:--arch=mal:128:96 mal-2:--arch=mal,--memory_depth=2:128:96 lmm:--arch=lmm:148:108 lmm-2:--arch=lmm,--memory_depth=2:144:104
+family: .venv/ready
+	$(BIN)/python prepare.py stdlib
+	$(BIN)/python prepare.py needle
+	set -e; for seed in 1 2 3; do for model in $(FAMILY); do IFS=: read name changes text needle <<< $$model; \
+	  changes="--seed=$$seed $$(echo $$changes | tr , ' ')"; out=out/family/$$name-$$seed; \
+	  $(BIN)/python train.py config/compare_cpu.py --out_dir=$$out/text --n_layer=2 --n_embd=$$text --block_size=256 --batch_size=4 \
+	    --max_iters=400 --eval_interval=400 $$changes; \
+	  $(BIN)/python train.py config/needle_cpu.py --out_dir=$$out/needle --n_embd=$$needle --chunk_len=64 --max_iters=400 \
+	    --eval_interval=400 $$changes; \
+	  $(BIN)/python eval_needle.py --out_dir=$$out/needle --control=False --tasks=pass-key,number --lengths=256,1024,4096 --depths=50 \
+	    --samples=50; \
+	done; done
+
+# recall of 4 to 32 pairs, three segments back, by every architecture; 25 minutes on one core
+recall: .venv/ready
+	$(BIN)/python prepare.py recall
+	set -e; for model in $(FAMILY); do IFS=: read name changes _ <<< $$model; \
+	  $(BIN)/python train.py config/recall_cpu.py --out_dir=out/recall/$$name $$(echo $$changes | tr , ' '); \
+	done
+	$(BIN)/python eval_recall.py --out_dir=$$(ls -d out/recall/* | paste -sd,)
 
 # nanoGPT's CPU budget on Tiny Shakespeare (add SOURCE=FILE where there is no network)
 shakespeare: .venv/ready

@@ -121,14 +121,6 @@ class TitansConfig:
         of_memory = {'chunk_len', 'num_longterm_mem', *(f.name for f in fields(TitansConfig) if f.name.startswith('memory_'))}
         return {*BLOCKS[self.arch].unused, *(of_memory - {'memory_layers'} if not self.memory_blocks() else ())}
 
-    def drop_unused(self):
-        """Set the unused options to their defaults. -> the names of those that were not there yet"""
-        unused = self.unused()
-        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
-        for f in fields(self):
-            setattr(self, f.name, f.default if f.name in unused else getattr(self, f.name))
-        return changed
-
 
 def nearest(n, unit):
     """The multiple of unit, at least 1 of them, that is nearest to n."""
@@ -699,8 +691,9 @@ class MACBlock(Block):
     Memory as Context, segment by segment:
         h = M(q(x)), M as the segment found it              what does the past say to this token?
         y = Attn([P | h | x]), position t sees h_j, x_j for j <= t
-        M is written with x + y, and read again: o_t = y_t + W M_t(q(x_t + y_t))
-    Residual, then the MLP. (The paper writes o = y (x) M(y), a gate; a sum learns faster, see docs/log.md.)
+        z = x + g * y, g learned, 0 at first                what attention found, as far as it is of use as key and value
+        M is written with z, and read again: o_t = y_t + W M_t(q(z_t))
+    Residual, then the MLP. (The paper has z = y and o = y (x) M(z), a gate; both learn more slowly, see docs/log.md.)
     With num_longterm_mem > 0 h is that many tokens, asked for with learned questions and the last hidden state of the
     segment before, and seen by the whole segment.
     """
@@ -710,7 +703,7 @@ class MACBlock(Block):
         super().__init__(config, has_memory)
         C, self.segment_len, self.questions = config.n_embd, config.segment_len, None
         if has_memory:
-            self.norm_y = RMSNorm(C)
+            self.norm_z, self.share = RMSNorm(C), nn.Parameter(torch.zeros(C))
             if config.num_longterm_mem:
                 self.questions = nn.Parameter(torch.randn(1, config.num_longterm_mem, C))
                 self.c_last = nn.Linear(C, C, bias=False)
@@ -754,7 +747,7 @@ class MACBlock(Block):
                          torch.cat((state.kv.pos, k_pos)))
             y = self.attn(q, *kv[:2], q_pos, kv.pos, first=persist)  # (B, n, C)
             if self.memory is not None:
-                m, state = self.remember(self.norm_y(x_ + y), state, update_memory)
+                m, state = self.remember(self.norm_z(x_ + self.share * y), state, update_memory)
                 y = y + m
             out.append(y)
             here = (here + q.size(2)) % self.segment_len

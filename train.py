@@ -117,6 +117,14 @@ class TrainConfig(TitansConfig):
                      'max_chunk_len')
         return super().unused() | set(() if self.memory_blocks() else of_memory)
 
+    def drop_unused(self):
+        """Set the unused options to their defaults. -> the names of those that were not there yet"""
+        unused = self.unused()
+        changed = [f.name for f in dataclasses.fields(self) if f.name in unused and getattr(self, f.name) != f.default]
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, f.default if f.name in unused else getattr(self, f.name))
+        return changed
+
     def model_config(self):
         return TitansConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TitansConfig)})
 
