@@ -299,3 +299,5 @@ def test_sliding_attention_is_masked_attention(variant, window, persist, cuts):
         rows.append(weight @ values)
     want = attn.c_proj(torch.cat(rows, dim=2).transpose(1, 2).flatten(2))
     torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-9, atol=1e-9)
+    far, _ = attn.sliding(x, attn.empty_cache(2), 10 ** 9 * window, window, p)  # positions never run out
+    assert torch.equal(far, attn.sliding(x, attn.empty_cache(2), 0, window, p)[0])
