@@ -263,7 +263,7 @@ class NeuralMemory(nn.Module):
     own, and autograd differentiates the whole. A chunk may arrive in pieces: `Pending` keeps a, d and the gates.
     """
 
-    ERROR_CLIP = 2.0  # memory_stable: the largest |M(k) - v| that counts in full (a Huber loss)
+    ERROR_CLIP = 1.0  # memory_stable: the largest root mean square of M(k) - v that counts in full (a Huber loss)
 
     def __init__(self, config):
         super().__init__()
@@ -378,7 +378,7 @@ class NeuralMemory(nn.Module):
                 a = features(z)
         d = 2 * (z - v)
         if self.stable:
-            limit = 2 * self.ERROR_CLIP
+            limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim)
             d = d * (limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(limit))
         deltas = [d]
         for w, z in zip(weights[:0:-1], pre[-2::-1], strict=True):

@@ -63,7 +63,7 @@ def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
             out, state = module.write(state, q_, k_, v_, g_)
             y.append(out)
     got = (torch.cat(y, dim=2), *module.weights_now(state))
-    clip = NeuralMemory.ERROR_CLIP if stable else math.inf
+    clip = NeuralMemory.ERROR_CLIP * math.sqrt(D) if stable else math.inf
     out, weights, surprise = recurrence(weights, tuple(surprise), q, k, v, theta, eta, alpha, chunk_len, clip, stable)
     want = (out, *weights)
     if T % chunk_len == 0:
