@@ -346,3 +346,19 @@ def test_resume_refuses_other_data_and_rows(place):
     Path('b.txt').write_text(TEXT[::-1])
     prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])
     assert 'other data' in refused(train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume')
+
+
+# -- examples
+
+
+def test_examples_run_from_anywhere(tmp_path):
+    def run(name, *argv):
+        command = [sys.executable, str(HERE / 'examples' / name), *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    rows = {line[:28].strip(): line[28:].split() for line in run('standalone_memory.py').stdout.splitlines()}
+    assert rows['linear'][0] == rows['two layers, 4 x wide'][0] == '100'  # per cent of 16 pairs
+    assert int(rows['linear'][8]) < 60 < 90 < int(rows['two layers, 4 x wide'][8])  # and of 256
+    for arch in BLOCKS:
+        lines = run('long_stream.py', arch, '16384').stdout.splitlines()
+        assert len(lines) == 4 and lines[2].split()[1] == lines[3].split()[1]  # the state has the same size
+    assert 'give an architecture' in run('long_stream.py', 'rnn').stderr
