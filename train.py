@@ -244,7 +244,8 @@ class Run:
         self.model = torch.compile(self.raw) if config.compile else self.raw
         if self.process.world > 1:
             self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
-        self.attention = f"scaled_dot_product_attention under an explicit mask, {str(dtype).removeprefix('torch.')}"
+        name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention under an explicit mask'
+        self.attention = f"{name}, {str(dtype).removeprefix('torch.')}"
 
     # -- checkpoints
 
@@ -474,8 +475,9 @@ class Run:
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
         memories = [b.memory for b in self.raw.init_state(1).blocks if b.memory]
         size = sum(w.numel() * w.element_size() for m in memories for w in (*m.weights, *m.surprise))
+        heads = '' if 'n_head' in config.unused() else f"{config.n_head} heads, "
         rows = [('parameters', f"{sum(p.numel() for p in self.raw.parameters()):,}  ({config.arch}, {config.n_layer} layers, "
-                               f"{config.n_head} heads, {config.n_embd} wide)"),
+                               f"{heads}{config.n_embd} wide)"),
                 ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
                 ('tokens a step', f"{tokens:,}  ({config.batch_size} x {config.block_size}"
                                   f" x {config.gradient_accumulation_steps} micro-batches, {self.process.world} processes)"),
