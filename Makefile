@@ -66,9 +66,9 @@ family: .venv/ready
 	set -e; for seed in 1 2 3; do for model in $(FAMILY); do IFS=: read name changes text needle <<< $$model; \
 	  changes="--seed=$$seed $$(echo $$changes | tr , ' ')"; out=out/family/$$name-$$seed; \
 	  $(BIN)/python train.py config/compare_cpu.py --out_dir=$$out/text --n_layer=2 --n_embd=$$text --block_size=256 --batch_size=4 \
-	    --max_iters=400 --eval_interval=400 $$changes; \
+	    --max_iters=300 --eval_interval=300 $$changes; \
 	  $(BIN)/python train.py config/needle_cpu.py --out_dir=$$out/needle --n_embd=$$needle --chunk_len=64 --max_iters=400 \
-	    --eval_interval=400 $$changes; \
+	    --eval_interval=400 --cost_from=0.5 $$changes; \
 	  $(BIN)/python eval_needle.py --out_dir=$$out/needle --control=False --tasks=pass-key,number --lengths=256,1024,4096 --depths=50 \
 	    --samples=50; \
 	done; done

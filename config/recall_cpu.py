@@ -12,7 +12,7 @@ chunk_len = 32
 
 block_size = 256
 batch_size = 16
-max_iters = 600
+max_iters = 400
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
