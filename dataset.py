@@ -180,7 +180,7 @@ class Dataset:
     """data/NAME/ opened and checked. UserError, with the command that mends it, if it is missing or damaged."""
 
     def __init__(self, data_dir, name):
-        self.folder = os.path.join(data_dir, name)
+        self.name, self.folder = name, os.path.join(data_dir, name)
         self.remedy = (f"run: python prepare.py {name}" + (' --train_path=FILE' if name == 'text' else '')
                        + (f' --data_dir={data_dir}' if data_dir != 'data' else ''))
         try:
@@ -218,8 +218,9 @@ class Dataset:
     def room(self, split, block_size):
         """How many offsets a block and its targets can start from."""
         if self.row_len and block_size >= self.row_len:
+            longer = f", or prepare longer rows with --block_size={block_size}" if self.name == 'needle' else ''
             raise UserError(f"block_size={block_size}: a row of {self.folder} has {self.row_len - 1} tokens and their targets; "
-                            f"lower it, or prepare longer rows with --block_size={block_size}")
+                            f"lower it{longer}")
         if self.tokens[split] < block_size + 1:
             raise UserError(f"{self.folder}/{split}.bin has {self.tokens[split]:,} tokens, fewer than block_size + 1 = "
                             f"{block_size + 1}; prepare more text or lower block_size")

@@ -6,7 +6,7 @@ How many pairs does a model recall, three segments after it read them? recall.js
     python eval_recall.py --out_dir=out/recall-mag,out/recall-gpt
 
 Every value is asked for; a value is recalled if it is the likeliest of all tokens. Chance is that of a model that knows which
-values the row has and not which is whose: 1 / pairs. See recall.py for the rows.
+values the row has, and which were answers already, but not which is whose: the mean of 1 / n, 1 / (n - 1), ..., 1 for n pairs.
 """
 import os
 from dataclasses import dataclass
@@ -53,15 +53,17 @@ def main(argv):
     config = configurator.load(RecallConfig, argv, __doc__)
     results = {}
     print('recalled, %'.ljust(40) + ''.join(f'{n:>4} pairs' for n in PAIRS))
-    for out_dir in config.out_dir.split(','):
-        reader = Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
-        if reader.content['tokenizer'] != {'kind': 'byte'}:
-            raise UserError(f"{reader.path} was not trained on rows of recall: its tokens are not bytes")
+    readers = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+               for out_dir in config.out_dir.split(',')]
+    for reader in readers:
+        if reader.content['provenance']['dataset'] != 'recall':
+            raise UserError(f"{reader.path} was trained on '{reader.content['provenance']['dataset']}', not on rows of recall")
+    for reader in readers:
         for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
-            name = os.path.basename(out_dir.rstrip('/')) + ('' if update_memory else ', never written')
+            name = os.path.dirname(reader.path) + ('' if update_memory else ', never written')
             results[name] = {n: recalled(reader, n, config, update_memory) for n in PAIRS}
             print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
-    print('chance'.ljust(40) + ''.join(f'{100 / n:10.1f}' for n in PAIRS))
+    print('chance'.ljust(40) + ''.join(f'{100 * sum(1 / i for i in range(1, n + 1)) / n:10.1f}' for n in PAIRS))
     path = os.path.join(config.out_dir.split(',')[0], 'recall.json')
     save_json(path, {'rows': config.rows, 'seed': config.seed, 'recalled': results}, indent=1)
     print(f"wrote {path}")

@@ -84,13 +84,12 @@ class TitansConfig:
         need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4; the nearest is "
              f"{min(max(self.memory_depth, 1), 4)}", 'memory_depth')
         C = self.n_embd
-        for name, even in ('n_head', True), ('memory_heads', False):
-            heads, unit = getattr(self, name), getattr(self, name) * (2 if even else 1)
-            fits = [h for h in range(1, C + 1) if C % (h * (2 if even else 1)) == 0]
-            need(C % max(unit, 1) == 0, f"n_embd={C} must be a multiple of {name}={heads}"
-                 + (", with an even width for each, since rotary positions turn pairs of channels" if even else "") + "; "
+        for name, least in ('n_head', 2), ('memory_heads', 1):
+            heads, fits = getattr(self, name), [h for h in range(1, C + 1) if C % (h * least) == 0]
+            need(heads in fits, f"n_embd={C} must be a multiple of {name}={heads}"
+                 + (", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
                  + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
-                 + f"n_embd={nearest(C, unit)} fits", name)
+                 + f"n_embd={nearest(C, least * heads)} fits", name)
         need(self.segment_len % max(self.chunk_len, 1) == 0, f"segment_len={self.segment_len} must be a multiple of chunk_len="
              f"{self.chunk_len}; segment_len={nearest(self.segment_len, self.chunk_len)} is", 'segment_len', 'chunk_len')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
@@ -197,7 +196,7 @@ def pieces(filled, T, size):
 def visible(q_pos, k_pos, window=None):
     """Which keys (S,) each query (T,) may see: none from its future, none `window` or more behind.   (T, S) bool"""
     distance = q_pos[:, None] - k_pos[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < (window or math.inf))
 
 
 def rotate(x, pos, base=10000.0):
@@ -437,14 +436,9 @@ class NeuralMemory(nn.Module):
         """Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state"""
         n = k.size(2)
         inputs, deltas = self.surprise(state.weights, k, v)
-        old = state.pending
-        if old.theta.size(-1):
-            join = [torch.cat(pair, dim=2) for pair in zip((*old.inputs, *old.deltas, *old[2:]),
-                                                           (*inputs, *deltas, *gates), strict=True)]
-            depth = len(inputs)
-            pending = Pending(tuple(join[:depth]), tuple(join[depth:2 * depth]), *join[2 * depth:])
-        else:
-            pending = Pending(inputs, deltas, *gates)
+        pending = Pending(inputs, deltas, *gates)
+        if state.pending.theta.size(-1):
+            pending = map_state(lambda *pair: torch.cat(pair, dim=2), state.pending, pending)
         state = state._replace(pending=pending)
         into_m, into_s = self.products(pending, n)
         beta, carry, coef = into_m
@@ -590,14 +584,15 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """
-    What the architectures share; they differ in forward(x (B, T, C), state, pos, update_memory) -> x, state, where x begins
-    at the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
+    What the architectures share: they differ in mix(x (B, T, C), state, pos, update_memory) -> x, state, where x begins at
+    the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
     """
     unused = ()  # options of TitansConfig that the architecture does not look at
 
     def __init__(self, config, has_memory):
         super().__init__()
         C, unused = config.n_embd, self.unused
+        self.window = config.block_size if 'window_len' in unused else config.window_len
         self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
         self.attn = None if 'n_head' in unused else Attention(config)
         self.mlp, self.drop = MLP(config), nn.Dropout(config.dropout)
@@ -610,24 +605,21 @@ class Block(nn.Module):
         return BlockState(None if self.attn is None else self.attn.empty_cache(batch_size),
                           None if self.memory is None else self.memory.init_state(batch_size))
 
+    def attend(self, x, state, pos):
+        """Sliding-window attention over x (B, T, C) and the persistent tokens. -> what it adds (B, T, C), state"""
+        y, kv = self.attn.sliding(x, state.kv, pos, self.window, self.persist)
+        return y, state._replace(kv=kv)
+
     def remember(self, x, state, update_memory):
-        """Write x (B, T, C) to memory and read it after each token. -> what that adds to the stream (B, T, C), state"""
+        """Write x (B, T, C) to memory and read it after each token. -> what that adds (B, T, C), 0 without memory; state"""
+        if self.memory is None:
+            return 0, state
         m, memory = self.memory(x, state.memory, update_memory)
         return self.c_proj(m), state._replace(memory=memory)
 
-
-class GPTBlock(Block):
-    """The Transformer baseline: causal attention over the last block_size tokens, then an MLP."""
-    unused = ('segment_len', 'window_len', 'num_persist_mem', 'memory_layers')
-
-    def __init__(self, config, has_memory):
-        super().__init__(config, has_memory)
-        self.window = config.block_size
-
     def forward(self, x, state, pos, update_memory):
-        y, kv = self.attn.sliding(self.norm_1(x), state.kv, pos, self.window)
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=kv)
+        x, state = self.mix(x, state, pos, update_memory)
+        return x + self.drop(self.mlp(self.norm_2(x))), state
 
 
 class MAGBlock(Block):
@@ -638,19 +630,16 @@ class MAGBlock(Block):
     """
     unused = ('segment_len', 'num_longterm_mem')
 
-    def __init__(self, config, has_memory):
-        super().__init__(config, has_memory)
-        self.window = config.window_len
-
-    def forward(self, x, state, pos, update_memory):
+    def mix(self, x, state, pos, update_memory):
         u = self.norm_1(x)
-        y, kv = self.attn.sliding(u, state.kv, pos, self.window, self.persist)
-        state = state._replace(kv=kv)
-        if self.memory is not None:
-            m, state = self.remember(u, state, update_memory)
-            y = y + m
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm_2(x))), state
+        y, state = self.attend(u, state, pos)
+        m, state = self.remember(u, state, update_memory)
+        return x + self.drop(y + m), state
+
+
+class GPTBlock(MAGBlock):
+    """The Transformer baseline: MAG without memory and persistent tokens; its window is all of block_size."""
+    unused = ('segment_len', 'window_len', 'num_persist_mem', 'memory_layers')
 
 
 class MALBlock(Block):
@@ -659,16 +648,14 @@ class MALBlock(Block):
 
     def __init__(self, config, has_memory):
         super().__init__(config, has_memory)
-        self.window = config.window_len
         self.norm_m = RMSNorm(config.n_embd) if has_memory else None
 
-    def forward(self, x, state, pos, update_memory):
+    def mix(self, x, state, pos, update_memory):
         if self.memory is not None:
             m, state = self.remember(self.norm_m(x), state, update_memory)
             x = x + self.drop(m)
-        y, kv = self.attn.sliding(self.norm_1(x), state.kv, pos, self.window, self.persist)
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp(self.norm_2(x))), state._replace(kv=kv)
+        y, state = self.attend(self.norm_1(x), state, pos)
+        return x + self.drop(y), state
 
 
 class LMMBlock(Block):
@@ -679,11 +666,11 @@ class LMMBlock(Block):
         super().__init__(config, has_memory)
         self.norm_1 = self.norm_1 if has_memory else None
 
-    def forward(self, x, state, pos, update_memory):
-        if self.memory is not None:
-            m, state = self.remember(self.norm_1(x), state, update_memory)
-            x = x + self.drop(m)
-        return x + self.drop(self.mlp(self.norm_2(x))), state
+    def mix(self, x, state, pos, update_memory):
+        if self.memory is None:
+            return x, state
+        m, state = self.remember(self.norm_1(x), state, update_memory)
+        return x + self.drop(m), state
 
 
 class MACBlock(Block):
@@ -727,7 +714,7 @@ class MACBlock(Block):
         k, v = self.attn.kv(self.memory.recall(q, state.base, x.dtype))
         return state._replace(kv=KVCache(k, v, state.kv.pos.new_zeros(k.size(2))))
 
-    def forward(self, x, state, pos, update_memory):
+    def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
         parts = [x, u, *self.attn.qkv(u)]  # of the whole call: only what depends on the memory goes by segments
         if per_token := self.memory is not None and self.questions is None:
@@ -755,8 +742,7 @@ class MACBlock(Block):
                 kv = KVCache(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[:0])
                 state = state if self.questions is None else state._replace(last=u_[:, -1:])
             state = state._replace(kv=kv)
-        x = x + self.drop(torch.cat(out, dim=1))
-        return x + self.drop(self.mlp(self.norm_2(x))), state
+        return x + self.drop(torch.cat(out, dim=1)), state
 
 
 BLOCKS = {'mac': MACBlock, 'mag': MAGBlock, 'mal': MALBlock, 'lmm': LMMBlock, 'gpt': GPTBlock}
@@ -804,7 +790,7 @@ class TitansGPT(nn.Module):
                 block.c_proj.weight.data.copy_(values.mT * 0.02 * (self.config.n_embd / (2 * self.config.n_layer)) ** 0.5)
 
     def set_chunk_len(self, chunk_len):
-        """Measure surprise over chunks of another length from here on; a state must not have more than that pending."""
+        """Measure surprise over chunks of another length from here on; a state goes on only if it has fewer tokens pending."""
         for block in self.blocks:
             if block.memory is not None:
                 block.memory.chunk_len = chunk_len

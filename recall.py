@@ -4,8 +4,8 @@ Associative recall: pairs of tokens to be remembered, and asked for three segmen
 
     filler ... | k1 v1 k2 v2 ... kn vn | 96 tokens of filler | k7 v7 k2 v2 ...
 
-Each row draws its pairs anew; only the values behind the keys asked for count in the loss. `prepare.py recall` makes rows,
-`eval_recall.py` counts the values a model knows.
+Each row draws its pairs anew, no key and no value twice; only the values behind the keys asked for count in the loss.
+`prepare.py recall` makes rows, `eval_recall.py` counts the values a model knows.
 """
 import numpy as np
 
@@ -19,7 +19,7 @@ FILLER = np.arange(128, 256)
 
 def recall_row(rng, pairs):
     """-> ids (LENGTH + 1,), weights (LENGTH + 1,): 32 / pairs on the values asked for, as much in every row, 0 elsewhere"""
-    keys, values = rng.permutation(KEYS)[:pairs], rng.choice(VALUES, pairs)
+    keys, values = rng.permutation(KEYS)[:pairs], rng.permutation(VALUES)[:pairs]
     asked = rng.permutation(pairs)
     told, asks = (np.stack((keys[order], values[order]), axis=1).ravel() for order in (np.arange(pairs), asked))
     front = rng.choice(FILLER, LENGTH + 1 - len(told) - GAP - len(asks))

@@ -80,6 +80,7 @@ class TrainConfig(TitansConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.ignored = self.drop_unused()  # any config can be switched to any architecture
         for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -93,14 +94,14 @@ class TrainConfig(TitansConfig):
         for name in ('reset_prob', 'cost_from'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        unused = self.unused()
-        whole, of = (self.segment_len, 'segment_len') if 'segment_len' not in unused else (self.block_size, 'block_size')
-        fits = [n for n in self.chunk_lens(whole) if whole % n == 0]
-        if 'max_chunk_len' not in unused and self.max_chunk_len not in (0, *fits):
+        mac = 'segment_len' not in self.unused()
+        whole, of = (self.segment_len, 'segment_len') if mac else (self.block_size, 'block_size')
+        fits = [n for n in self.chunk_lens(whole) if whole % n == 0 or n == self.chunk_len]
+        if self.max_chunk_len not in (0, *fits):
             raise ValueError(f"max_chunk_len={self.max_chunk_len} must be chunk_len={self.chunk_len} times a power of two that "
                              f"divides {of}={whole}: one of {', '.join(map(str, fits))}, or 0")
-        unit, of = (self.segment_len, of) if of == 'segment_len' else (self.chunk_len, 'chunk_len')
-        if 'carry_state' not in unused and self.carry_state and self.block_size % unit:
+        unit, of = (self.segment_len, of) if mac else (self.chunk_len, 'chunk_len')
+        if self.carry_state and self.block_size % unit:
             raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of {of}={unit}, so that "
                              f"rows can be reset there; block_size={nearest(self.block_size, unit)} is")
 
@@ -211,7 +212,6 @@ class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
     def __init__(self, config):
-        self.ignored = config.drop_unused()  # any config can be switched to any architecture
         self.config, self.process = config, Process(config)
         self.device = self.process.device
         self.data = Dataset(config.data_dir, config.dataset)
@@ -495,8 +495,9 @@ class Run:
                      ('  memory_lr', f"theta {config.memory_lr:g} = inner learning rate"),
                      ('  memory_momentum', f"eta {eta:g} = a surprise lasts {span}"),
                      ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
-        if self.ignored:
-            rows.append((f"not used by {config.arch}", ', '.join(self.ignored)))
+        if config.ignored:
+            what = config.arch + ('' if config.memory_blocks() or config.arch == 'gpt' else ' without memory')
+            rows.append((f"not used by {what}", ', '.join(config.ignored)))
         for name, value in rows:
             self.say(f"{name:<18} {value}")
 

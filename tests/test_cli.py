@@ -60,6 +60,8 @@ def refused(main, *argv):
     ('--compile=maybe', ('compile must be True or False',)),
     ('--arch=rnn', ('arch must be one of', "'mac'")),
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
+    ('--arch=mag --carry_state --block_size=100', ('block_size=100', 'chunk_len=64', 'block_size=128 is')),
+    ('--arch=mag --chunk_len=0', ('chunk_len=0', 'at least 1')),
     ('--max_chunk_len=100', ('max_chunk_len=100', 'chunk_len=64', 'segment_len=128', 'one of 64, 128')),
     ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
     ('--batch_size=0', ('batch_size=0',)),
@@ -70,7 +72,7 @@ def refused(main, *argv):
     ('config/no_such.py', ('config/no_such.py: no such config file',)),
 ])
 def test_a_wrong_flag_gets_one_line(flag, words):
-    message = refused(train.main, flag)
+    message = refused(train.main, *flag.split())
     assert all(word in message for word in words), message
 
 
@@ -100,13 +102,13 @@ def test_precedence_and_types(tmp_path):
 @pytest.mark.parametrize('path', sorted((HERE / 'config').glob('*.py')), ids=lambda p: p.name)
 def test_every_config_can_be_switched_to_every_arch(path, arch):
     config = configurator.load(train.TrainConfig, [str(path), f'--arch={arch}'])
-    ignored = config.drop_unused()
-    assert not config.drop_unused() and set(ignored) <= config.unused()
+    assert not config.drop_unused() and set(config.ignored) <= config.unused()
     TitansConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)})
 
 
 def test_what_the_arch_does_not_use_is_said_once(place, capsys):
-    flags = ['--dataset=text', *TINY, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8', '--memory_heads=3']
+    flags = ['--dataset=text', *TINY, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8', '--memory_heads=3',
+             '--chunk_len=-1']
     assert train.main(flags) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if 'not used by gpt' in line]
     assert len(said) == 1 and set(said[0].split('gpt')[1].strip().split(', ')) == {

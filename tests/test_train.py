@@ -124,7 +124,8 @@ def test_a_price_closes_its_gate(data_dir, tmp_path, option, gate):
         return [{'theta': theta, 'alpha': alpha} for theta, alpha in seen]
     free, priced = gates(), gates(**{option: 1000.0})
     assert free[:20] == priced[:20]  # nothing is asked before cost_from
-    assert min(p[gate] for p in priced) == 0.0 and priced[-1][gate] < 1e-3 < 0.05 < free[-1][gate]
+    assert min(p[gate] for p in priced) == 0.0
+    assert sum(p[gate] for p in priced[-5:]) / 5 < 0.01 < 0.05 < sum(p[gate] for p in free[-5:]) / 5
 
 
 @pytest.mark.parametrize('tbptt', [0, 8, 5])
@@ -197,13 +198,13 @@ def test_canary_no_loss_below_entropy(tmp_path):
 
 @pytest.mark.parametrize('trial', range(20))
 def test_no_nan(trial, tmp_path, data_dir):
-    """Drawn learning rates, gate starts, depths and chunk lengths: with the stabiliser, on by default, all stay finite."""
+    """Drawn learning rates, gate starts, depths and chunk lengths, every architecture: with the stabiliser, on by default, all stay finite."""
     rng = np.random.default_rng(trial)
     options = {'learning_rate': float(10 ** rng.uniform(-4, -2)), 'memory_lr': float(rng.choice([0.01, 0.1, 0.5, 0.9])),
-               'memory_momentum': float(rng.choice([0.01, 0.5, 0.9, 0.99])),
+               'memory_momentum': float(rng.choice([0.0, 0.5, 0.9, 0.99])),
                'memory_decay': float(rng.choice([1e-5, 0.001, 0.1, 0.9])), 'memory_depth': int(rng.integers(1, 5)),
                'chunk_len': int(rng.choice([1, 4, 16, 32])), 'memory_gates': str(rng.choice(['sigmoid', 'hard', 'fixed'])),
-               'carry_state': bool(rng.integers(2))}
+               'carry_state': bool(rng.integers(2)), 'arch': ('mac', 'mag', 'mal', 'lmm')[trial % 4], 'window_len': 24}
     run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=25, warmup_iters=5,
                    grad_clip=1.0, out_dir=str(tmp_path)))
     for _ in range(25):
@@ -263,7 +264,8 @@ def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
     assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['step'] >= 3
 
 
-@pytest.mark.parametrize('options', [{'carry_state': True}, {'tbptt': 8}], ids=str)
+@pytest.mark.parametrize('options', [{'carry_state': True}, {'tbptt': 8},
+                                     {'arch': 'mal', 'memory_layers': '1', 'carry_state': True}], ids=str)
 def test_two_processes_train_as_one(data_dir, tmp_path, options):
     """The same tokens a step whatever the number of processes, so the same losses."""
     losses = []
