@@ -1,5 +1,5 @@
 """
-How many pairs does a model recall, three segments after it read them? recall.json in the first out_dir.
+How many pairs does a model recall, three segments after it read them? recall.json and recall.png in the first out_dir.
 
     python prepare.py recall
     python train.py config/recall_cpu.py --arch=mag --out_dir=out/recall-mag
@@ -18,8 +18,12 @@ import torch
 import configurator
 from checkpoint import save_json
 from configurator import UserError
+from plot import pyplot
 from recall import PAIRS, recall_row
 from sample import Reader
+
+
+NEVER = ', never written'
 
 
 @dataclass
@@ -49,6 +53,27 @@ def recalled(reader, pairs, config, update_memory):
     return (logits.argmax(-1) == ids[:, 1:])[asked].float().mean().item()
 
 
+def chance(pairs):
+    return sum(1 / left for left in range(1, pairs + 1)) / pairs
+
+
+def draw(results, path):
+    """Recall against the number of pairs, a line a model; those whose memory is never written are dotted."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    for name, parts in results.items():
+        style = {'linestyle': ':', 'color': axes.lines[-1].get_color()} if name.endswith(NEVER) else {'label': name}
+        axes.plot(PAIRS, [100 * part for part in parts.values()], marker='o', markersize=4, **style)
+    axes.plot(PAIRS, [100 * chance(n) for n in PAIRS], color='black', linestyle='--', label='chance')
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(PAIRS, PAIRS)
+    axes.set(xlabel='pairs', ylabel='recalled three segments later, %', ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(argv):
     config = configurator.load(RecallConfig, argv, __doc__)
     results = {}
@@ -60,13 +85,14 @@ def main(argv):
             raise UserError(f"{reader.path} was trained on '{reader.content['provenance']['dataset']}', not on rows of recall")
     for reader in readers:
         for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
-            name = os.path.dirname(reader.path) + ('' if update_memory else ', never written')
+            name = os.path.dirname(reader.path) + ('' if update_memory else NEVER)
             results[name] = {n: recalled(reader, n, config, update_memory) for n in PAIRS}
             print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
-    print('chance'.ljust(40) + ''.join(f'{100 * sum(1 / i for i in range(1, n + 1)) / n:10.1f}' for n in PAIRS))
+    print('chance'.ljust(40) + ''.join(f'{100 * chance(n):10.1f}' for n in PAIRS))
     path = os.path.join(config.out_dir.split(',')[0], 'recall.json')
     save_json(path, {'rows': config.rows, 'seed': config.seed, 'recalled': results}, indent=1)
-    print(f"wrote {path}")
+    draw(results, path.replace('.json', '.png'))
+    print(f"wrote {path} and {path.replace('.json', '.png')}")
     return 0
 
 

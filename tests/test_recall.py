@@ -30,6 +30,7 @@ def test_every_value_was_told_three_segments_before(pairs):
 
 
 def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
     prepare.main(['recall', '--rows=16'])
     flags = ['--dataset=recall', '--arch=lmm', '--n_layer=1', '--n_embd=16', '--memory_heads=2', '--block_size=256',
@@ -40,6 +41,7 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[0] for line in lines[1:4]] == ['a', 'a, never written', 'a']
     assert lines[5].split() == ['chance', '52.1', '34.0', '21.1', '12.7']
+    assert Path('a/recall.png').read_bytes()[:4] == b'\x89PNG'
     content = json.loads(Path('a/recall.json').read_text())
     assert set(content['recalled']) == {'a', 'a, never written'} and all(0 <= p <= 1 for p in content['recalled']['a'].values())
 
