@@ -22,7 +22,6 @@ from plot import pyplot
 from recall import PAIRS, recall_row
 from sample import Reader
 
-
 NEVER = ', never written'
 
 
