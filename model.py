@@ -230,20 +230,23 @@ def decay_products(x):
 
 
 GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for z ~ N(0, 1)
+HIDDEN = 0.1 ** 0.5  # hidden layers have weights from N(0, 1 / HIDDEN^2) and learn HIDDEN^2 times as fast as the last
 
 
 def features(z):
     """
     g(z) of the memory's hidden layers: gelu, centred and scaled so that a random layer turns keys of unit length into
     features of unit length, and keys at a right angle into features nearly so: what is written under one stays there.
+    And it stays only as long as the features do, so they change more slowly than what is written on them.
     """
-    return (F.gelu(z) - GELU_MEAN) / (GELU_STD * math.sqrt(z.size(-1)))
+    return (F.gelu(HIDDEN * z) - GELU_MEAN) / (GELU_STD * math.sqrt(z.size(-1)))
 
 
 def features_slope(z):
     """d features(z) / dz, element by element"""
+    z = HIDDEN * z
     slope = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return slope / (GELU_STD * math.sqrt(z.size(-1)))
+    return HIDDEN * slope / (GELU_STD * math.sqrt(z.size(-1)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ class NeuralMemory(nn.Module):
         c_qkv      N(0, 1/C), the same for q and k
         conv       q: a random mix of this token and the K-2 before it; k: the same mix, one token back; v: this token.
                    So M(q_t) begins as what followed the last tokens the last time they came: an induction head
-        initial    N(0, 1), last layer 0   |k| = 1 gives features of order 1; an empty memory reads 0
+        initial    N(0, 1 / HIDDEN^2), last layer 0    |k| = 1 gives features of length 1; an empty memory reads 0
         c_gates    weight 0, bias such that theta, eta, alpha start where the config says
         gain       0.1             what is read should not drown the stream before it means something
         """
@@ -298,7 +301,7 @@ class NeuralMemory(nn.Module):
                 self.conv[:C], self.conv[C:2 * C] = F.pad(mix, (0, 0, 1, 0)), F.pad(mix, (0, 0, 0, 1))
                 self.conv[2 * C:, -1] += 1
         for layer in self.initial[:-1]:
-            nn.init.normal_(layer)
+            nn.init.normal_(layer, std=1 / HIDDEN)
         nn.init.zeros_(self.initial[-1])
         nn.init.constant_(self.gain, 0.1)
         if self.c_gates is not None:

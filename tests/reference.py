@@ -15,7 +15,7 @@ def mlp(weights, x):
         x = torch.einsum('bhoi,bhi->bho', w, x)
         outputs.append(x)
         if i < len(weights) - 1:
-            x = (F.gelu(x) - 0.28209479177387814) / (0.5879149692443127 * math.sqrt(x.size(-1)))
+            x = (F.gelu(0.1 ** 0.5 * x) - 0.28209479177387814) / (0.5879149692443127 * math.sqrt(x.size(-1)))
     return x, inputs, outputs
 
 
