@@ -60,6 +60,7 @@ def draw(results, path):
     """Recall against the number of pairs, a line a model; those whose memory is never written are dotted."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)
     for name, parts in results.items():
         style = {'linestyle': ':', 'color': axes.lines[-1].get_color()} if name.endswith(NEVER) else {'label': name}
         axes.plot(PAIRS, [100 * part for part in parts.values()], marker='o', markersize=4, **style)
