@@ -14,7 +14,7 @@ import torch
 from configurator import UserError
 from model import TitansConfig, TitansGPT, map_state
 
-FORMAT = 1
+FORMAT = 2  # 1: what a MAC and a deep memory had learned meant something else
 
 
 def save(path, content):
@@ -53,7 +53,7 @@ def load(path):
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path}: not a readable checkpoint, truncated or not ours ({type(error).__name__})") from None
     if not isinstance(content, dict) or content.get('format') != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT})")
+        raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
     return content
 
 

@@ -93,10 +93,10 @@ class TitansConfig:
         need(self.segment_len % max(self.chunk_len, 1) == 0, f"segment_len={self.segment_len} must be a multiple of chunk_len="
              f"{self.chunk_len}; segment_len={nearest(self.segment_len, self.chunk_len)} is", 'segment_len', 'chunk_len')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
-            value, open_ends = getattr(self, name), self.memory_gates == 'sigmoid'
-            need(0 < value < 1 if open_ends and (value or name != 'memory_momentum') else 0 <= value <= 1,
-                 f"{name}={value} must be {'in (0, 1)' if open_ends else 'in [0, 1]'} "
-                 f"with memory_gates='{self.memory_gates}'", name)
+            value, ends = getattr(self, name), (0 if name == 'memory_momentum' else None, None)
+            ends = ends if self.memory_gates == 'sigmoid' else (0, 1)  # those that a gate may start at
+            need(0 < value < 1 or value in ends, f"{name}={value} must be in {'(' if ends[0] is None else '['}0, 1"
+                 f"{')' if ends[1] is None else ']'} with memory_gates='{self.memory_gates}'", name)
         if self.memory_gates == 'hard':  # nothing would ever tell such a gate to close
             need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1",
                  'memory_decay')
