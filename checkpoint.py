@@ -74,7 +74,6 @@ def same_model(content, config, path):
     free = {'chunk_len', 'dropout'} | ({'block_size'} if config.arch != 'gpt' else set())  # no weight depends on these
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
     theirs = {f.name: f.default for f in dataclasses.fields(TitansConfig)} | content['model_config']  # it may lack new ones
-    free |= config.unused() if theirs['arch'] == config.arch else set()
     differ = [k for k in ours if k not in free and theirs[k] != ours[k]]
     if differ:
         raise UserError(f"{path} is of another architecture: " + ', '.join(

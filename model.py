@@ -49,7 +49,7 @@ class TitansConfig:
     tie_weights: bool = True    # the embedding is the output layer too
     segment_len: int = 128      # mac: tokens one attention sees
     window_len: int = 128       # mag, mal: tokens one token's attention sees, itself included
-    chunk_len: int = 64         # tokens whose surprise is measured at the same memory; divides segment_len
+    chunk_len: int = 64         # tokens whose surprise is measured at the same memory; mac: divides segment_len
     num_persist_mem: int = 4    # learned tokens in front of every segment or window
     num_longterm_mem: int = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
     memory_depth: int = 1       # layers of the memory MLP, 1 (linear) to 4

@@ -178,30 +178,33 @@ def word_tokenizer(text, size):
     return Tokenizer({'kind': 'word', 'words': words[:size]})
 
 
+def draws(name, config):
+    """The split of each row of a data set, and a generator of its own to draw it with."""
+    for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
+        for row in tqdm(range(rows), desc=f'{name} {split}', unit='row'):
+            yield split, np.random.default_rng([config.seed, key, row])
+
+
 def needle(config):
     """Rows of config.block_size tokens and one more, each a text of its own, and eval.json for eval_needle.py."""
     if config.tokenizer not in ('auto', 'word', 'gpt2'):
         raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) or gpt2")
     texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
     tokenizer = Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else word_tokenizer(texts['train'], config.words)
-    noise = needles.Haystack(needles.NOISE, tokenizer)
+    what, noise = config.haystack or 'the Python language reference', needles.Haystack(needles.NOISE, tokenizer)
+    haystacks = {split: {'noise': noise, 'text': needles.Haystack(text, tokenizer, f"{what} ({split})", least=1000)}
+                 for split, text in texts.items()}
     with Writer(config.data_dir, 'needle', tokenizer, config.block_size + 1) as writer:
-        for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
-            what = f"{config.haystack or 'the Python language reference'} ({split})"
-            haystacks = {'noise': noise, 'text': needles.Haystack(texts[split], tokenizer, what, least=1000)}
-            for row in tqdm(range(rows), desc=f'needle {split}', unit='row'):
-                rng = np.random.default_rng([config.seed, key, row])
-                writer.add(split, *needles.training_row(rng, tokenizer, haystacks, config.block_size + 1))
+        for split, rng in draws('needle', config):
+            writer.add(split, *needles.training_row(rng, tokenizer, haystacks[split], config.block_size + 1))
         writer.write('eval.json', json.dumps({'haystack': texts['val'], 'samples': needles.evaluation_set(config.seed)}))
 
 
 def recall(config):
-    tokenizer = Tokenizer({'kind': 'byte'})
-    with Writer(config.data_dir, 'recall', tokenizer, recalls.LENGTH + 1) as writer:
-        for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
-            for row in tqdm(range(rows), desc=f'recall {split}', unit='row'):
-                rng = np.random.default_rng([config.seed, key, row])
-                writer.add(split, *recalls.recall_row(rng, int(rng.choice(recalls.PAIRS))))
+    """Rows of pairs, every number of pairs as often."""
+    with Writer(config.data_dir, 'recall', Tokenizer({'kind': 'byte'}), recalls.LENGTH + 1) as writer:
+        for split, rng in draws('recall', config):
+            writer.add(split, *recalls.recall_row(rng, int(rng.choice(recalls.PAIRS))))
 
 
 def encode_document(text):

@@ -33,16 +33,15 @@ def main(arch='mac', length='1048576'):
     torch.manual_seed(0)
     model = TitansGPT(TitansConfig(arch=arch, n_layer=1, n_head=1, n_embd=32, memory_heads=1, vocab_size=256, block_size=256,
                                    segment_len=256, window_len=128, chunk_len=128)).eval()
-    state, began = None, time.perf_counter()
+    state, began, every = None, time.perf_counter(), max(int(length) // 8 // PIECE, 1) * PIECE
     print(f"{arch}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
           f"{'tokens read':>12}{'state, bytes':>15}{'process, MB':>14}{'microseconds a token':>23}")
     for read in range(PIECE, int(length) + 1, PIECE):
         _, _, state = model(torch.randint(256, (1, PIECE)), state=state)
-        if read % (int(length) // 8 // PIECE * PIECE or PIECE) == 0:
+        if read % every == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 1024)
             spent, began = time.perf_counter() - began, time.perf_counter()
-            print(f"{read:12,}{size(state):15,}{peak:14,.0f}{1e6 * spent / (int(length) // 8 // PIECE * PIECE or PIECE):23.1f}",
-                  flush=True)
+            print(f"{read:12,}{size(state):15,}{peak:14,.0f}{1e6 * spent / every:23.1f}", flush=True)
 
 
 if __name__ == '__main__':
