@@ -22,6 +22,7 @@ every input. Long-term: a small MLP, one per sequence, layer and head, whose wei
 
 Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, N tokens of the open chunk, P persistent.
 """
+import functools
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -30,6 +31,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+import kernels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -131,12 +134,15 @@ def nearest(n, unit):
 
 
 class Pending(NamedTuple):
-    """The tokens of an open chunk, N of them: already read by, not yet folded into, the weights."""
+    """
+    The tokens of an open chunk, N of them: already read by, not yet folded into, the weights. M and S are now what in_m and
+    in_s make of what they were when the chunk began and of the tokens' gradients: in_m[0] M + in_m[1] S - sum_i in_m[2+i] g_i
+    """
     inputs: tuple     # what each memory layer saw of the keys      (B, H, N, in) a layer
     deltas: tuple     # what came back to its output side           (B, H, N, out) a layer
-    theta: torch.Tensor  # (B, H, N)
-    eta: torch.Tensor    # (B, H, N)
-    alpha: torch.Tensor  # (B, H, N)
+    rate: torch.Tensor   # what a step comes to with its momentum, theta / (1 - eta)   (B, H, N)
+    in_m: torch.Tensor   # (B, H, 2+N)
+    in_s: torch.Tensor   # (B, H, 2+N)
 
 
 class MemoryState(NamedTuple):
@@ -148,7 +154,7 @@ class MemoryState(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys are kept unrotated; positions count inside a segment or a pair of windows: they never run out."""
+    """Positions, and the rotation of keys, count inside a segment or a pair of windows: they never run out."""
     k: torch.Tensor   # (B, n_head, S, C / n_head)
     v: torch.Tensor   # as k
     pos: torch.Tensor | None  # mac: where in its segment each key stands (S,); elsewhere they are the last S read
@@ -199,54 +205,15 @@ def visible(q_pos, k_pos, window=None):
     return (distance >= 0) & (distance < (window or math.inf))
 
 
-def rotate(x, pos, base=10000.0):
-    """Rotary positions (Su et al., arXiv 2104.09864) for x (B, n_head, T, D) at pos (T,)."""
-    half = x.size(-1) // 2
-    angle_dtype = torch.promote_types(x.dtype, torch.float32)
-    freq = base ** (-torch.arange(half, device=x.device, dtype=angle_dtype) / half)
-    angle = pos.to(angle_dtype)[:, None] * freq  # (T, D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-def causal_conv(x, weight, tail):
-    """Depthwise causal convolution. x (B, T, C), weight (C, K), tail: the K-1 inputs before x. -> (B, T, C), new tail"""
-    T = x.size(1)
-    x = torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, C)
-    out = F.conv1d(x.mT, weight[:, None].to(x.dtype), groups=x.size(2)).mT  # (B, T, C)
-    return out, x[:, T:]
-
-
-def decay_products(x):
-    """x (..., N) in [0, 1] -> L (..., N+1, N+1), L[t, s] = product of x_j over s < j <= t, 0 above the diagonal."""
-    # exp of a difference of sums of logs: no division. A zero is a log of -69, for which float32 sums have too few digits;
-    # it gets no gradient itself.
-    wide = x if x.device.type == 'mps' else x.double()
-    sums = F.pad(wide.clamp_min(1e-30).log().cumsum(-1), (1, 0))
-    logs = (sums[..., :, None] - sums[..., None, :]).to(x.dtype)
-    future = torch.ones(logs.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-    return logs.masked_fill(future, float('-inf')).exp()
-
-
-GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for z ~ N(0, 1)
-HIDDEN = 0.1 ** 0.5  # hidden layers have weights from N(0, 1 / HIDDEN^2) and learn HIDDEN^2 times as fast as the last
-
-
-def features(z):
-    """
-    g(z) of the memory's hidden layers: gelu, centred and scaled so that a random layer turns keys of unit length into
-    features of unit length, and keys at a right angle into features nearly so: what is written under one stays there.
-    And it stays only as long as the features do, so they change more slowly than what is written on them.
-    """
-    return (F.gelu(HIDDEN * z) - GELU_MEAN) / (GELU_STD * math.sqrt(z.size(-1)))
-
-
-def features_slope(z):
-    """d features(z) / dz, element by element"""
-    z = HIDDEN * z
-    slope = 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return HIDDEN * slope / (GELU_STD * math.sqrt(z.size(-1)))
+@functools.lru_cache(8)
+def rotary(length, width, dtype, device, base=10000.0):
+    """cos and sin of rotary positions (Su et al., arXiv 2104.09864) 0 to length-1.   2 of (length, width)"""
+    with torch.inference_mode(False):  # kept for calls of any kind
+        exact = torch.float32 if device.type == 'mps' else torch.float64
+        freq = base ** (-torch.arange(width // 2, device=device, dtype=exact) / (width // 2))
+        angle = torch.arange(length, device=device, dtype=exact)[:, None] * freq
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,6 +238,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         self.n_head, self.head_dim = config.memory_heads, config.n_embd // config.memory_heads
         self.chunk_len, self.kernel, self.stable = config.chunk_len, config.memory_conv, config.memory_stable
+        self.limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim) if self.stable else math.inf  # of |d|
         H, D, C = self.n_head, self.head_dim, config.n_embd
         self.c_qkv = nn.Linear(C, 3 * C, bias=False)
         self.conv = nn.Parameter(torch.empty(3 * C, self.kernel, 1)) if self.kernel else None  # 3-d: no weight decay
@@ -301,7 +269,7 @@ class NeuralMemory(nn.Module):
                 self.conv[:C], self.conv[C:2 * C] = F.pad(mix, (0, 0, 1, 0)), F.pad(mix, (0, 0, 0, 1))
                 self.conv[2 * C:, -1] += 1
         for layer in self.initial[:-1]:
-            nn.init.normal_(layer, std=1 / HIDDEN)
+            nn.init.normal_(layer, std=1 / kernels.HIDDEN)
         nn.init.zeros_(self.initial[-1])
         nn.init.constant_(self.gain, 0.1)
         if self.c_gates is not None:
@@ -321,42 +289,44 @@ class NeuralMemory(nn.Module):
     def no_pending(self, batch_size):
         def empty(*width):
             return self.gain.new_empty(batch_size, self.n_head, 0, *width)
-        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial),
-                       empty(), empty(), empty())
+        m, s = self.gain.new_tensor(((1, 0), (0, 1))).expand(batch_size, self.n_head, 2, 2).unbind(2)
+        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial), empty(), m, s)
 
     # -- what depends on the input alone
 
     def heads(self, x):
-        """(B, T, H * D) -> (B, H, T, D), in the precision of the parameters, whatever autocast says."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2).to(self.gain.dtype)
+        """(B, T, n * C) -> (n, B, H, T, D), in the precision of the parameters, whatever autocast says."""
+        x = x.unflatten(2, (-1, self.n_head, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return x.to(self.gain.dtype, memory_format=torch.contiguous_format)
 
     def unit(self, x):
         """x at unit length, but for what is next to nothing: at first the first key of a text is exactly 0."""
-        return F.normalize(x, dim=-1, eps=0.1)
+        return kernels.unit(x, 0.1)
 
     def project(self, x, weight, conv, tail):
         """x (B, T, C) -> its projection through conv and SiLU (B, T, out), and the conv's new tail"""
         x = F.linear(x, weight)
         if conv is not None:
-            x, tail = causal_conv(x, conv.squeeze(2), tail)
+            T, x = x.size(1), torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, out)
+            x, tail = kernels.causal_conv(x, conv.squeeze(2).to(x.dtype)), x[:, T:]
         return F.silu(x), tail
 
     def query(self, x, tail):
         """The query of each token of x (B, T, C) alone. -> q (B, H, T, D), new tail (B, K-1, C)"""
         C = x.size(2)
         q, tail = self.project(x, self.c_qkv.weight[:C], None if self.conv is None else self.conv[:C], tail)
-        return self.unit(self.heads(q)), tail
+        return self.unit(self.heads(q)[0]), tail
 
     def gate(self, x):
         """theta, eta, alpha of each token of x (B, T, C), in the precision of the parameters.   3 of (B, H, T)"""
         B, T, _ = x.shape
         if self.c_gates is None:
             return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
-        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (-1, self.n_head)).unbind(1)  # 3 or 2 of (B, H, T)
+        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (-1, self.n_head))  # (B, 3 or 2, H, T)
         if self.gates == 'sigmoid':
-            gates = [g.sigmoid() for g in z]
+            gates = z.sigmoid().unbind(1)
         else:  # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
-            gates = [(s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.learned, z, strict=True)]
+            gates = [(s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.learned, z.unbind(1), strict=True)]
         return tuple(gates) if len(gates) == 3 else (gates[0], torch.zeros_like(gates[0]), gates[1])
 
     # -- the memory MLP at given weights
@@ -364,94 +334,79 @@ class NeuralMemory(nn.Module):
     def read(self, weights, q):
         """M(q) for one M a sequence. q (B, H, T, D) -> (B, H, T, D)"""
         for i, w in enumerate(weights):
-            q = q @ w.mT
-            if i < len(weights) - 1:
-                q = features(q)
+            q = (kernels.features(q) if i else q) @ w.mT
         return q
 
     def surprise(self, weights, k, v):
         """Forward and backward of |M(k) - v|^2 for each token at `weights`: inputs a and deltas d of every layer."""
-        inputs, pre, a = [], [], k
-        for i, w in enumerate(weights):
-            inputs.append(a)
-            z = a @ w.mT  # (B, H, n, out)
-            pre.append(z)
-            if i < len(weights) - 1:
-                a = features(z)
-        d = 2 * (z - v)
+        inputs, pre = [k], []
+        for w in weights[:-1]:
+            pre.append(inputs[-1] @ w.mT)  # (B, H, n, out)
+            inputs.append(kernels.features(pre[-1]))
+        d = 2 * (inputs[-1] @ weights[-1].mT - v)
         if self.stable:
-            limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim)
-            d = d * (limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(limit))
+            d = d * (self.limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(self.limit))
         deltas = [d]
-        for w, z in zip(weights[:0:-1], pre[-2::-1], strict=True):
-            d = d @ w * features_slope(z)  # (B, H, n, out of the layer below)
-            deltas.append(d)
+        for w, z in zip(weights[:0:-1], pre[::-1], strict=True):
+            deltas.append(deltas[-1] @ w * kernels.features_slope(z))  # (B, H, n, out of the layer below)
         return tuple(inputs), tuple(deltas[::-1])
 
-    def step_size(self, pending):
+    def step_size(self, theta, pending):
         """
-        theta of the pending tokens; with memory_stable divided by max(1, 2 sum_{j <= i} theta_j / (1 - eta_j) |g_i . g_j|),
-        a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of
-        unit length), which keeps the whole step a contraction however alike the keys are.   (B, H, N)
+        theta (B, H, n) of the last tokens of pending; with memory_stable divided by max(1, 2 sum_{j <= i} rate_j |g_i . g_j|), a running
+        bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
+        length), which keeps the whole step a contraction however alike the keys are.   (B, H, n)
         """
         if not self.stable:
-            return pending.theta
+            return theta
+        n, overlap = theta.size(-1), 0
         last = torch.linalg.vector_norm(pending.deltas[-1], dim=-1, keepdim=True).clamp_min(1e-6)
-        overlap = 0
         for a, d in zip(pending.inputs, pending.deltas, strict=True):
             if d is not pending.deltas[-1]:
                 a = a * (torch.linalg.vector_norm(d, dim=-1, keepdim=True) / last)
-            overlap = overlap + (a @ a.mT).abs()  # (B, H, N, N)
-        reach = overlap.tril() @ (pending.theta / (1 - pending.eta).clamp_min(1e-3))[..., None]  # (B, H, N, 1)
-        return pending.theta / (2 * reach.squeeze(-1)).clamp_min(1)
+            overlap = overlap + (a[:, :, -n:] @ a.mT).abs()  # (B, H, n, N)
+        reach = overlap.tril(pending.rate.size(-1) - n) @ pending.rate[..., None]  # (B, H, n, 1)
+        return theta / (2 * reach.squeeze(-1)).clamp_min(1)
 
     # -- writing
 
-    def products(self, pending, new):
-        """
-        All gate products of an open chunk, rows for its `new` last tokens: how M_0 (n, 1), S_0 (n, 1) and each token's
-        gradient (n, N) enter M_t, and the same for S_0 and gradients in S_N.
-        """
-        keep, momentum = decay_products(1 - pending.alpha), decay_products(pending.eta)  # (B, H, N+1, N+1)
-        keep = keep[..., -new:, :]
-        mixed = keep[..., 1:] @ momentum[..., 1:, :]  # (B, H, n, N+1)
-        step = self.step_size(pending)[..., None, :]  # (B, H, 1, N)
-        into_s = momentum[..., -1:, :]
-        return (keep[..., :1], mixed[..., :1], mixed[..., 1:] * step), (into_s[..., :1], into_s[..., 1:] * step)
-
-    def fold(self, state, into_m, into_s):
-        """M and S after the last pending token."""
-        (beta, carry, coef), (decay, s_coef) = into_m, into_s
-        beta, carry, coef = beta[..., -1:, :], carry[..., -1:, :], coef[..., -1:, :]
-        weights, surprise = [], []
-        for w, s, a, d in zip(state.weights, state.surprise, state.pending.inputs, state.pending.deltas, strict=True):
-            weights.append(beta * w + carry * s - (d.mT * coef) @ a)
-            surprise.append(decay * s - (d.mT * s_coef) @ a)
-        return tuple(weights), tuple(surprise)
+    def fold(self, state):
+        """M and S as the last token left them."""
+        def now(w):  # (B, H, 2+N)
+            return tuple(w[..., :1, None] * m + w[..., 1:2, None] * s - (d * w[..., 2:, None]).mT @ a
+                         for m, s, a, d in zip(state.weights, state.surprise, *state.pending[:2], strict=True))
+        return now(state.pending.in_m), now(state.pending.in_s)
 
     def weights_now(self, state):
         """M as the last token left it."""
-        if state.pending.theta.size(-1) == 0:
-            return state.weights
-        return self.fold(state, *self.products(state.pending, 1))[0]
+        return self.fold(state)[0] if state.pending.rate.size(-1) else state.weights
 
     def write(self, state, q, k, v, gates):
         """Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state"""
-        n = k.size(2)
+        old, (theta, eta, alpha) = state.pending, gates
+        if k.size(2) == self.chunk_len:  # a whole chunk: the same in one piece
+            y, *after = kernels.chunk(self.limit, q, k, v, *gates, *state.weights, *state.surprise)
+            return y, state._replace(weights=tuple(after[:len(after) // 2]), surprise=tuple(after[len(after) // 2:]))
         inputs, deltas = self.surprise(state.weights, k, v)
-        pending = Pending(inputs, deltas, *gates)
-        if state.pending.theta.size(-1):
-            pending = map_state(lambda *pair: torch.cat(pair, dim=2), state.pending, pending)
-        state = state._replace(pending=pending)
-        into_m, into_s = self.products(pending, n)
-        beta, carry, coef = into_m
+        new = Pending(inputs, deltas, theta / (1 - eta).clamp_min(1e-3), None, None)
+        if old.rate.size(-1):
+            new = Pending(*map_state(lambda *pair: torch.cat(pair, dim=2), old[:3], new[:3]), None, None)
+        step = self.step_size(theta, new)
+        # how M, S and the gradients of this chunk's tokens enter M_t and S_t, t one of the new ones
+        sums = F.pad(kernels.log_products(torch.stack((1 - alpha, eta))), (1, 0))  # (2, B, H, n+1)
+        keep, momentum = kernels.products(sums, theta.dtype)  # (B, H, n+1, n+1)
+        mixed = keep[..., 1:, 1:] @ momentum[..., 1:, :]  # (B, H, n, n+1)
+        before = keep[..., 1:, :1] * old.in_m[..., None, :] + mixed[..., :1] * old.in_s[..., None, :]  # (B, H, n, 2+N before)
+        into_m = torch.cat((before, mixed[..., 1:] * step[..., None, :]), dim=-1)  # (B, H, n, 2+N)
+        beta, carry, coef = into_m[..., :1], into_m[..., 1:2], into_m[..., 2:]
         y = q
-        for i, (w, s, a, d) in enumerate(zip(state.weights, state.surprise, *pending[:2], strict=True)):
-            y = beta * (y @ w.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
-            if i < len(state.weights) - 1:
-                y = features(y)
-        if pending.theta.size(-1) == self.chunk_len:
-            weights, surprise = self.fold(state, into_m, into_s)
+        for i, (m, s, a, d) in enumerate(zip(state.weights, state.surprise, *new[:2], strict=True)):
+            y = kernels.features(y) if i else y
+            y = beta * (y @ m.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
+        into_s = torch.cat((momentum[..., -1, :1] * old.in_s, momentum[..., -1, 1:] * step), dim=-1)
+        state = state._replace(pending=new._replace(in_m=into_m[..., -1, :], in_s=into_s))
+        if new.rate.size(-1) == self.chunk_len:
+            weights, surprise = self.fold(state)
             state = state._replace(weights=weights, surprise=surprise, pending=self.no_pending(k.size(0)))
         return y, state
 
@@ -460,8 +415,8 @@ class NeuralMemory(nn.Module):
         What was read, bounded, and the query beside it: the residual of the paper's M(x) = x + ..., kept out of what is
         learned at test time. A read's size says how sure the memory is, so a small one stays small. -> (B, T, C)
         """
-        y = y * torch.rsqrt(1 + y.square().mean(-1, keepdim=True))
-        out = self.gain[0] * y + self.gain[1] * math.sqrt(self.head_dim) * q  # (B, H, T, D), of size 0.1 at first
+        y = kernels.rms_norm(y, self.gain[0], 1.0)  # y / sqrt(1 + mean y^2)
+        out = torch.addcmul(y, q, self.gain[1] * math.sqrt(self.head_dim))  # (B, H, T, D), of size 0.1 at first
         return out.transpose(1, 2).flatten(2).to(dtype)
 
     def forward(self, x, state=None, update_memory=True):
@@ -474,16 +429,16 @@ class NeuralMemory(nn.Module):
         qkv, tail = self.project(x, self.c_qkv.weight, self.conv, state.tail)
         with torch.autocast(x.device.type, enabled=False):
             gates = self.gate(x)
-            q, k, v = self.heads(qkv).chunk(3, dim=1)  # (B, H, T, D)
-            q, k = self.unit(q), self.unit(k)
+            qkv = self.heads(qkv)
+            (q, k), v = self.unit(qkv[:2]), qkv[2]  # (B, H, T, D)
             state = state._replace(tail=tail)
             if not update_memory:
                 return self.output(self.read(self.weights_now(state), q), q, x.dtype), state
             state = state._replace(written=state.written + torch.stack((gates[0], gates[2]), dim=-1).sum(2))
-            sizes, out = pieces(state.pending.theta.size(-1), x.size(1), self.chunk_len), []
+            sizes, out = pieces(state.pending.rate.size(-1), x.size(1), self.chunk_len), []
             # so far everything was done for the whole call at once; only this, chunk after chunk, has to wait for the last
             for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
-                y, state = self.write(state, q_, k_, v_, gates_)
+                y, state = self.write(state, *(x.contiguous() for x in (q_, k_, v_)), gates_)
                 out.append(y)
             return self.output(torch.cat(out, dim=2), q, x.dtype), state
 
@@ -508,7 +463,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        return kernels.rms_norm(x, self.weight.to(x.dtype), 1e-6)
 
 
 class Attention(nn.Module):
@@ -527,27 +482,28 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, D)
 
-    def qkv(self, x):
-        return [self.split(part) for part in self.c_attn(x).chunk(3, dim=-1)]
+    def angles(self, x, length, at=slice(None)):
+        """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C)."""
+        return [table[at] for table in rotary(length, x.size(2) // self.n_head, x.dtype, x.device)]
 
-    def kv(self, x):
-        """Keys and values of tokens that ask nothing themselves (persistent, retrieved)."""
-        C = x.size(2)
-        bias = None if self.c_attn.bias is None else self.c_attn.bias[C:]
-        return [self.split(part) for part in F.linear(x, self.c_attn.weight[C:], bias).chunk(2, dim=-1)]
+    def qkv(self, x, angles):
+        q, k, v = (self.split(part) for part in self.c_attn(x).chunk(3, dim=-1))
+        return kernels.rotate(q, *angles), kernels.rotate(k, *angles), v
 
-    def forward(self, q, k, v, q_pos, k_pos, window=None, first=()):
-        """
-        q (B, n_head, T, D) over k, v (B, n_head, S, D), at positions q_pos (T,) and k_pos (S,), and over `first`, the k and
-        v (1, n_head, P, D) of tokens at position 0 that all see. -> (B, T, C)
-        """
-        mask = visible(q_pos, k_pos, window)
-        q, k = rotate(q, q_pos), rotate(k, k_pos)
-        if first:  # position 0 turns nothing
-            k, v = (torch.cat((f.expand(x.size(0), -1, -1, -1), x), dim=2) for f, x in zip(first, (k, v), strict=True))
-            mask = F.pad(mask, (first[0].size(2), 0), value=True)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+    def kv_weights(self):
+        """Of the projection to keys and values alone, for kv(): cut out once a call, for many segments."""
+        C = self.c_proj.in_features
+        return self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]
+
+    def kv(self, x, weights, angles=None):
+        """Keys and values of tokens that ask nothing themselves (persistent, retrieved); no angles: all at position 0."""
+        k, v = (self.split(part) for part in F.linear(x, *weights).chunk(2, dim=-1))
+        return k if angles is None else kernels.rotate(k, *angles), v
+
+    def forward(self, q, k, v, mask=None):
+        """q (B, n_head, T, D) over k, v (B, n_head, S, D), those that mask (T, S) lets it see; None: all up to its own."""
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def sliding(self, x, cache, pos, window, persist=None):
         """
@@ -555,15 +511,24 @@ class Attention(nn.Module):
         ones (1, P, C). Block by block of `window` queries, which see less than two blocks of keys: O(T window), and
         positions that stay below 2 window, however long the text. -> (B, T, C), cache
         """
-        first, here, out = () if persist is None else self.kv(persist), pos % window, []
-        sizes = pieces(here, x.size(1), window)
-        for q, k, v in zip(*(part.split(sizes, dim=2) for part in self.qkv(x)), strict=True):
+        first, here, out = None if persist is None else self.kv(persist, self.kv_weights()), pos % window, []
+        at = window + (here + torch.arange(x.size(1), device=x.device)) % window
+        sizes, qkv = pieces(here, x.size(1), window), self.qkv(x, self.angles(x, 2 * window, at))
+        for q, k, v in zip(*(part.split(sizes, dim=2) for part in qkv), strict=True):
+            n, past = q.size(2), cache.k.size(2)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
-            here += q.size(2)
-            k_pos = torch.arange(window + here - k.size(2), window + here, device=x.device)
-            out.append(self(q, k, v, k_pos[-q.size(2):], k_pos, window, first))
-            old = max(k.size(2) - window + 1, 0)  # out of sight for whatever comes next
-            cache, here = KVCache(k[:, :, old:], v[:, :, old:], None), here % window
+            old = max(past + n - window + 1, 0)  # out of sight for whatever comes next
+            cache, here = KVCache(k[:, :, old:], v[:, :, old:], None), (here + n) % window
+            if here == 0:  # the next block: what was in the second window is now in the first
+                back = [-table if i else table for i, table in enumerate(self.angles(x, 2 * window, slice(window, window + 1)))]
+                cache = cache._replace(k=kernels.rotate(cache.k, *back))
+            mask = None
+            if past or first:
+                mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device), window)
+            if first:
+                k, v = (torch.cat((f.expand(x.size(0), -1, -1, -1), x), dim=2) for f, x in zip(first, (k, v), strict=True))
+                mask = F.pad(mask, (first[0].size(2), 0), value=True)
+            out.append(self(q, k, v, mask))
         return torch.cat(out, dim=1), cache
 
 
@@ -706,45 +671,63 @@ class MACBlock(Block):
         tail, C = state.memory.tail, self.norm_1.weight.size(0)
         return state._replace(base=state.memory.weights, tail=tail[..., :C], last=tail.new_zeros(batch_size, 1, C))
 
-    def open_segment(self, state, x):
-        """Note the memory that this segment reads from and, with num_longterm_mem, read it for all of the segment."""
-        if self.memory is None:
-            return state
-        state = state._replace(base=self.memory.weights_now(state.memory))
-        if self.questions is None:
-            return state
-        q, _ = self.memory.query(self.questions + self.c_last(state.last.to(x.dtype)), torch.zeros_like(state.tail))
-        k, v = self.attn.kv(self.memory.recall(q, state.base, x.dtype))
+    def open_segment(self, state, first, weights, x):
+        """
+        Put the persistent tokens `first` (or none) in front, note the memory that the segment reads from and, with
+        num_longterm_mem, read it for all of the segment.
+        """
+        k, v = state.kv[:2]
+        if first:
+            k, v = (f.expand(x.size(0), -1, -1, -1) for f in first)
+        if self.memory is not None:
+            state = state._replace(base=self.memory.weights_now(state.memory))
+        if self.questions is not None:
+            q, _ = self.memory.query(self.questions + self.c_last(state.last.to(x.dtype)), torch.zeros_like(state.tail))
+            h = self.attn.kv(self.memory.recall(q, state.base, x.dtype), weights)
+            k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), h, strict=True))
         return state._replace(kv=KVCache(k, v, state.kv.pos.new_zeros(k.size(2))))
+
+    def segment(self, state, x, at, cos, sin, q, k, v, asked, weights, update_memory):
+        """n tokens x (B, n, C), at `at` (n,) of their segment, their rotated q, k, v and what they ask. -> what that adds, state"""
+        pos = at
+        if asked is not None:  # h_j in front of x_j, at the same position
+            h = self.attn.kv(self.memory.recall(asked, state.base, q.dtype), weights, (cos, sin))
+            k, v = (torch.stack(pair, dim=3).flatten(2, 3) for pair in zip(h, (k, v), strict=True))
+            pos = at.repeat_interleave(2)
+        kv = KVCache(*(torch.cat((old.to(k.dtype), new), dim=2) for old, new in zip(state.kv[:2], (k, v), strict=True)),
+                     torch.cat((state.kv.pos, pos)))
+        y = self.attn(q, *kv[:2], visible(at, kv.pos))  # (B, n, C)
+        state = state._replace(kv=kv)
+        if self.memory is not None:
+            m, state = self.remember(self.norm_z(torch.addcmul(x, self.share, y)), state, update_memory)
+            y = y + m
+        return y, state
 
     def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
-        parts = [x, u, *self.attn.qkv(u)]  # of the whole call: only what depends on the memory goes by segments
-        if per_token := self.memory is not None and self.questions is None:
+        at = (here + torch.arange(x.size(1), device=x.device)) % self.segment_len
+        angles, weights = self.attn.angles(x, self.segment_len, at), self.attn.kv_weights()
+        # of the whole call: only what depends on the memory goes by segments
+        sizes, qkv, asked = pieces(here, x.size(1), self.segment_len), self.attn.qkv(u, angles), [None]
+        if self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
-            state, parts = state._replace(tail=tail), [*parts, asked]
-        persist = () if self.persist is None else self.attn.kv(self.persist)
-        sizes, out = pieces(here, x.size(1), self.segment_len), []
-        for x_, u_, q, k, v, *asked in zip(*(p.split(sizes, dim=-2) for p in parts), strict=True):
+            state, asked = state._replace(tail=tail), asked.split(sizes, dim=2)
+        opens = here == 0 or len(sizes) > 1
+        first = self.attn.kv(self.persist, weights) if opens and self.persist is not None else None
+        tokens = zip(*(t.split(sizes, dim) for t, dim in ((x, 1), (at, 0), *((t, 0) for t in angles), *((t, 2) for t in qkv))),
+                     itertools.cycle(asked))
+        out = []
+        for parts in tokens:
             if here == 0:
-                state = self.open_segment(state, u)
-            q_pos = k_pos = torch.arange(here, here + q.size(2), device=x.device)
-            if per_token:  # h_j in front of x_j, at the same position
-                h = self.memory.recall(asked[0], state.base, u.dtype)
-                k, v = (torch.stack(pair, dim=3).flatten(2, 3) for pair in zip(self.attn.kv(h), (k, v), strict=True))
-                k_pos = q_pos.repeat_interleave(2)
-            kv = KVCache(torch.cat((state.kv.k.to(k.dtype), k), dim=2), torch.cat((state.kv.v.to(v.dtype), v), dim=2),
-                         torch.cat((state.kv.pos, k_pos)))
-            y = self.attn(q, *kv[:2], q_pos, kv.pos, first=persist)  # (B, n, C)
-            if self.memory is not None:
-                m, state = self.remember(self.norm_z(x_ + self.share * y), state, update_memory)
-                y = y + m
+                state = self.open_segment(state, first, weights, u)
+            y, state = self.segment(state, *parts, weights, update_memory)
             out.append(y)
-            here = (here + q.size(2)) % self.segment_len
+            here = (here + y.size(1)) % self.segment_len
             if here == 0:  # the segment is full: nothing of it is seen again but through the memory
-                kv = KVCache(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[:0])
-                state = state if self.questions is None else state._replace(last=u_[:, -1:])
-            state = state._replace(kv=kv)
+                state = state._replace(kv=KVCache(*(t[:, :, :0] for t in state.kv[:2]), state.kv.pos[:0]))
+                if self.questions is not None:
+                    done = sum(t.size(1) for t in out)
+                    state = state._replace(last=u[:, done - 1:done])
         return x + self.drop(torch.cat(out, dim=1)), state
 
 

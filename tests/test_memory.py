@@ -80,7 +80,7 @@ def test_chunk_form_is_the_recurrence(depth, chunk_len, lengths, gates, stable):
 
 def cut(module, state, x):
     """Split x (B, H, T, ...) where the chunks end that begin with what `state` has pending."""
-    return x.split(pieces(state.pending.theta.size(-1), x.size(2), module.chunk_len), dim=2)
+    return x.split(pieces(state.pending.rate.size(-1), x.size(2), module.chunk_len), dim=2)
 
 
 @pytest.mark.parametrize('depth', [1, 2])
@@ -96,11 +96,11 @@ def test_alone_in_pieces_and_retrieve(depth):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
     theta, _, alpha = module.gate(x)
     torch.testing.assert_close(state.written, torch.stack((theta.sum(-1), alpha.sum(-1)), dim=-1), rtol=1e-9, atol=1e-9)
-    before = [x.clone() for x in (*state.weights, *state.surprise, state.tail, state.pending.theta)]
+    before = [x.clone() for x in (*state.weights, *state.surprise, state.tail, state.pending.rate)]
     more = torch.randn(B, 5, H * D, dtype=torch.float64)
     read = module.retrieve(more, state)
     assert all(torch.equal(a, b) for a, b in zip(before, (*state.weights, *state.surprise, state.tail,
-                                                          state.pending.theta), strict=True))
+                                                          state.pending.rate), strict=True))
     frozen, after = module(more, state, update_memory=False)
     torch.testing.assert_close(read, frozen, rtol=1e-12, atol=1e-12)
     for a, b in zip(module.weights_now(state), module.weights_now(after), strict=True):

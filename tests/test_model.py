@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import TitansConfig, TitansGPT, detach_state, draw, map_state, rotate
+from model import TitansConfig, TitansGPT, detach_state, draw, map_state
 
 SEGMENT, CHUNK = 8, 4
 VARIANTS = {
@@ -127,7 +127,7 @@ def test_every_token_is_read_once(variant):
     for a, b in zip(tensors(ends[0]), tensors(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     if model.blocks[-1].memory is not None:
-        assert whole.blocks[-1].memory.pending.theta.size(-1) == 13 % model.config.chunk_len
+        assert whole.blocks[-1].memory.pending.rate.size(-1) == 13 % model.config.chunk_len
 
 
 def test_sampling_filters():
