@@ -14,7 +14,8 @@ import torch
 from configurator import UserError
 from model import TitansConfig, TitansGPT, map_state
 
-FORMAT = 2  # 1: what a MAC and a deep memory had learned meant something else
+FORMAT = 3  # 1: what was learned meant something else
+READABLE = (2, 3)  # 2: a carried state was made of other parts
 
 
 def save(path, content):
@@ -52,7 +53,7 @@ def load(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path}: not a readable checkpoint, truncated or not ours ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get('format') != FORMAT:
+    if not isinstance(content, dict) or content.get('format') not in READABLE:
         raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
     return content
 
@@ -71,7 +72,8 @@ def build(content, path, dropout=None):
 
 def same_model(content, config, path):
     """UserError, naming both sides, if a checkpoint's architecture is not the one asked for."""
-    free = {'chunk_len', 'dropout'} | ({'block_size'} if config.arch != 'gpt' else set())  # no weight depends on these
+    free = {'chunk_len', 'dropout', 'checkpoint_segments'}  # no weight depends on these
+    free |= {'block_size'} if config.arch != 'gpt' else set()
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
     theirs = {f.name: f.default for f in dataclasses.fields(TitansConfig)} | content['model_config']  # it may lack new ones
     differ = [k for k in ours if k not in free and theirs[k] != ours[k]]

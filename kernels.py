@@ -2,9 +2,9 @@
 The inner arithmetic of model.py, each piece with its backward by hand. Autograd would keep every intermediate and pass through
 the computer's memory once for each of them; these work in place, and keep little.
 
-chunk() is the heart: a whole chunk of the memory's recurrence, all its layers, forward and backward, in as few and as large matrix
-products as there are. It is what a fused kernel for a GPU would replace. Everything here is differentiable once, in the precision
-of its inputs whatever autocast says, and held to autograd in tests/test_kernels.py.
+chunk() is the heart: a whole chunk of the memory's recurrence, all its layers, forward and backward, in as few and as large
+matrix products as there are. It is what a fused kernel for a GPU would replace. Everything here is differentiable once, in the
+precision of its inputs whatever autocast says, and held to autograd in tests/test_kernels.py.
 
 Shape letters as in model.py; G is B * H.
 """
@@ -24,7 +24,7 @@ class Forgetful:
 
 
 def by_hand(function):
-    """An autograd.Function as a plain function: its backward untouched by an autocast around it, its forward alone without grad."""
+    """An autograd.Function as a plain function: no autocast reaches its backward, and without grad there is none to prepare."""
     backward = function.backward
 
     @functools.wraps(backward)
@@ -136,6 +136,27 @@ GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for 
 HIDDEN = 0.1 ** 0.5  # hidden layers have weights from N(0, 1 / HIDDEN^2) and learn HIDDEN^2 times as fast as the last
 
 
+def feature_scale(z):
+    return 1 / (GELU_STD * math.sqrt(z.size(-1)))
+
+
+def features_of(z):
+    """features, given HIDDEN z"""
+    z = F.gelu(z)
+    return torch.add(z.new_tensor(-GELU_MEAN * feature_scale(z)), z, alpha=feature_scale(z))
+
+
+def times_slope(g, z):
+    """g times the slope of the features, given HIDDEN z"""
+    return torch.ops.aten.gelu_backward(g, z).mul_(HIDDEN * feature_scale(z))
+
+
+def times_bend(g, z):
+    """g times the slope of that slope, given HIDDEN z"""
+    bend = (z * z).sub_(2)
+    return bend.mul_(torch.mul(z, z).mul_(-0.5).exp_()).mul_(g).mul_(-HIDDEN ** 2 * feature_scale(z) / math.sqrt(2 * math.pi))
+
+
 @by_hand
 class features(torch.autograd.Function):
     """
@@ -148,35 +169,27 @@ class features(torch.autograd.Function):
     def forward(ctx, z):
         z = HIDDEN * z
         ctx.save_for_backward(z)
-        return F.gelu(z).sub_(GELU_MEAN).mul_(1 / (GELU_STD * math.sqrt(z.size(-1))))
+        return features_of(z)
 
     @staticmethod
     def backward(ctx, g):
-        z, = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(g, z).mul_(HIDDEN / (GELU_STD * math.sqrt(z.size(-1))))
+        return times_slope(g, *ctx.saved_tensors)
 
 
 @by_hand
-class features_slope(torch.autograd.Function):
-    """d features(z) / dz, element by element"""
+class through_features(torch.autograd.Function):
+    """g times the slope of the features at z, element by element: the way back through them."""
 
     @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        z, scale = HIDDEN * z, HIDDEN / (GELU_STD * math.sqrt(z.size(-1)))
-        slope = z.square().mul_(-0.5).exp_().mul_(z).mul_(scale / math.sqrt(2 * math.pi))
-        return slope.add_(z.mul_(math.sqrt(0.5)).erf_(), alpha=0.5 * scale).add_(0.5 * scale)
+    def forward(ctx, g, z):
+        ctx.save_for_backward(g, z)
+        return times_slope(g, HIDDEN * z)
 
     @staticmethod
-    def backward(ctx, g):
-        return features_bend(*ctx.saved_tensors).mul_(g)
-
-
-def features_bend(z):
-    """d features_slope(z) / dz"""
-    square = (HIDDEN * z).square_()
-    scale = -HIDDEN ** 2 / (GELU_STD * math.sqrt(2 * math.pi * z.size(-1)))
-    return square.mul(-0.5).exp_().mul_(square.sub_(2)).mul_(scale)
+    def backward(ctx, to):
+        g, z = ctx.saved_tensors
+        z = HIDDEN * z
+        return times_slope(to, z), times_bend(g, z).mul_(to)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,8 +198,8 @@ def features_bend(z):
 
 def log_products(x):
     """
-    x (..., N) in [0, 1] -> sums of logs up to each (..., N): products are exp of their differences, without a division. A zero is a
-    log of -69, for which float32 sums have too few digits.
+    x (..., N) in [0, 1] -> sums of logs up to each (..., N): products are exp of their differences, without a division. A zero
+    is a log of -69, for which float32 sums have too few digits.
     """
     return (x if x.device.type == 'mps' else x.double()).clamp_min(1e-30).log().cumsum(-1)
 
@@ -204,12 +217,11 @@ def products(sums, dtype):
 @dataclass
 class Pass:
     """What a forward pass over a chunk leaves for the backward; everything is (G, ...)."""
-    bases: list      # [S; M; a] of each layer: r base^T holds S r, M r and the a_i . r, all that is read there   (G, 2 out + n, in)
+    bases: list      # [S; M; a] of each layer: r base^T holds S r, M r, the a_i . r, all that is read   (G, 2 out + n, in)
     inputs: list     # a of each layer   (G, n, in)
-    outputs: list    # and what M made of it   (G, n, out)
+    hidden: list     # HIDDEN times what M made of it, hidden layers   (G, n, out)
     overlaps: list   # a a^T of each layer   (G, n, n)
     deltas: list     # d of each layer   (G, n, out)
-    slopes: list     # of the features of each hidden layer   (G, n, out)
     backs: list      # d of the layer above, come down to its output   (G, n, out)
     clip: torch.Tensor     # what was left of each error's length   (G, n, 1)
     rate: torch.Tensor     # the rest as in NeuralMemory.write and step_size   (G, n)
@@ -225,7 +237,7 @@ class Pass:
     coef: torch.Tensor     # how gradients enter each M_t   (G, n, n)
     into_s: torch.Tensor   # and the last S   (G, n)
     asked: list      # r of each layer   (G, n, in)
-    read: list       # and what was read there   (G, n, out)
+    read: list       # and what was read there, hidden layers times HIDDEN   (G, n, out)
     found: list      # r base^T   (G, n, 2 out + n)
 
 
@@ -236,19 +248,22 @@ def lengths(deltas):
 
 
 def forward_pass(limit, q, k, v, theta, eta, alpha, Ms, Ss):
-    bases, inputs, outputs, overlaps = [], [], [], []
+    bases, inputs, hidden, overlaps, last = [], [], [], [], len(Ms) - 1
     for M, S in zip(Ms, Ss, strict=True):
-        a, o = features(outputs[-1]) if outputs else k, M.size(1)
+        a, o = features_of(hidden[-1]) if hidden else k, M.size(1)
         bases.append(torch.cat((S, M, a), dim=1))
         z, overlap = torch.bmm(a, bases[-1][:, o:].mT).split((o, a.size(1)), dim=-1)
-        inputs.append(a), outputs.append(z), overlaps.append(overlap)
-    d = (outputs[-1] - v).mul_(2)
-    clip = limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min_(limit) if limit < math.inf else torch.ones_like(d)
-    deltas, slopes, backs = [d.mul_(clip)], [], []
-    for M, z in zip(Ms[:0:-1], outputs[-2::-1], strict=True):
-        slopes.insert(0, features_slope(z))
+        inputs.append(a), overlaps.append(overlap)
+        if len(inputs) <= last:
+            hidden.append(HIDDEN * z)
+    d = (z - v).mul_(2)
+    clip = torch.ones_like(d[..., :1])
+    if limit < math.inf:
+        clip = limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min_(limit)
+    deltas, backs = [d.mul_(clip)], []
+    for M, z in zip(Ms[:0:-1], hidden[::-1], strict=True):
         backs.insert(0, torch.bmm(deltas[0], M))
-        deltas.insert(0, backs[0] * slopes[0])
+        deltas.insert(0, times_slope(backs[0], z))
 
     rate, total, over = theta / (1 - eta).clamp_min_(1e-3), 0, torch.ones_like(theta)
     if limit < math.inf:
@@ -266,23 +281,23 @@ def forward_pass(limit, q, k, v, theta, eta, alpha, Ms, Ss):
 
     asked, read, found = [], [], []
     for base, d in zip(bases, deltas, strict=True):
-        r, o = features(read[-1]) if read else q, d.size(-1)
+        r, o = features_of(read[-1].mul_(HIDDEN)) if read else q, d.size(-1)
         p = torch.bmm(r, base.mT)
         y = (p[..., o:2 * o] * beta[..., None]).addcmul_(p[..., :o], carry[..., None])
         y = y.baddbmm_(p[..., 2 * o:] * coef, d, alpha=-1)
         asked.append(r), read.append(y), found.append(p)
-    return Pass(bases, inputs, outputs, overlaps, deltas, slopes, backs, clip, rate, total, over, step, keep, momentum, beta, decay,
+    return Pass(bases, inputs, hidden, overlaps, deltas, backs, clip, rate, total, over, step, keep, momentum, beta, decay,
                 mixed, carry, coef, into_s, asked, read, found)
 
 
 @by_hand
 class chunk(torch.autograd.Function):
     """
-    A chunk of n tokens, from M and S as it found them: what NeuralMemory.write does, in one piece. The backward runs it once more
-    instead of keeping what was in between, many times the size of what goes in.
+    A chunk of n tokens, from M and S as it found them: what NeuralMemory.write does, in one piece. The backward runs it once
+    more instead of keeping what was in between, many times the size of what goes in.
 
-    limit: the longest error that counts in full, inf for no stabiliser; q, k, v (B, H, n, D), theta, eta, alpha (B, H, n); M of each
-    layer (B, H, out, in), then S of each -> y (B, H, n, D), M of each layer after the chunk, S of each
+    limit: the longest error that counts in full, inf for no stabiliser; q, k, v (B, H, n, D), theta, eta, alpha (B, H, n); M of
+    each layer (B, H, out, in), then S of each -> y (B, H, n, D), M of each layer after the chunk, S of each
     """
 
     @staticmethod
@@ -317,7 +332,7 @@ class chunk(torch.autograd.Function):
         for i in reversed(range(layers)):
             found, d, o = p.found[i], p.deltas[i], p.deltas[i].size(-1)
             if i < layers - 1:
-                g = g.mul_(features_slope(p.read[i]))
+                g = times_slope(g, p.read[i])
             g_beta, g_carry = g_beta + dot(g, found[..., o:2 * o]), g_carry + dot(g, found[..., :o])
             g_weight = torch.bmm(g, d.mT).neg_()
             g_d[i] = torch.bmm((found[..., 2 * o:] * p.coef).mT, g).neg_()
@@ -380,9 +395,9 @@ class chunk(torch.autograd.Function):
 
         # surprise: the backward of the inner backward, then of the inner forward
         g_out = [None] * layers
-        for i, (slope, back) in enumerate(zip(p.slopes, p.backs, strict=True)):
-            g_out[i] = features_bend(p.outputs[i]).mul_(back).mul_(g_d[i])
-            g = g_d[i].mul_(slope)
+        for i, (z, back) in enumerate(zip(p.hidden, p.backs, strict=True)):
+            g_out[i] = times_bend(back.mul_(g_d[i]), z)
+            g = times_slope(g_d[i], z)
             g_d[i + 1].baddbmm_(g, Ms[i + 1].mT)
             g_M[i + 1] = torch.baddbmm(g_M[i + 1], p.deltas[i + 1].mT, g)
         g, d = g_d[-1], p.deltas[-1]
@@ -393,6 +408,6 @@ class chunk(torch.autograd.Function):
             g_M[i] = torch.baddbmm(g_M[i], g_out[i].mT, p.inputs[i])
             g_a[i] = torch.baddbmm(g_a[i], g_out[i], Ms[i])
             if i:
-                g_out[i - 1].addcmul_(g_a[i], p.slopes[i - 1])
+                g_out[i - 1].add_(times_slope(g_a[i], p.hidden[i - 1]))
         grads = (g_q, g_a[0], g_out[-1].neg(), g_theta, g_eta, g_alpha, *g_M, *g_S)
         return None, *(g.unflatten(0, (-1, heads)) for g in grads)

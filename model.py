@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 
@@ -51,6 +52,7 @@ class TitansConfig:
     bias: bool = False          # in the Linear layers of attention and MLP
     tie_weights: bool = True    # the embedding is the output layer too
     segment_len: int = 128      # mac: tokens one attention sees
+    checkpoint_segments: bool = False  # mac: the backward runs each segment again instead of keeping what was in between
     window_len: int = 128       # mag, mal: tokens one token's attention sees, itself included
     chunk_len: int = 64         # tokens whose surprise is measured at the same memory; mac: divides segment_len
     num_persist_mem: int = 4    # learned tokens in front of every segment or window
@@ -290,7 +292,8 @@ class NeuralMemory(nn.Module):
         def empty(*width):
             return self.gain.new_empty(batch_size, self.n_head, 0, *width)
         m, s = self.gain.new_tensor(((1, 0), (0, 1))).expand(batch_size, self.n_head, 2, 2).unbind(2)
-        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial), empty(), m, s)
+        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial),
+                       empty(), m, s)
 
     # -- what depends on the input alone
 
@@ -348,13 +351,13 @@ class NeuralMemory(nn.Module):
             d = d * (self.limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(self.limit))
         deltas = [d]
         for w, z in zip(weights[:0:-1], pre[::-1], strict=True):
-            deltas.append(deltas[-1] @ w * kernels.features_slope(z))  # (B, H, n, out of the layer below)
+            deltas.append(kernels.through_features(deltas[-1] @ w, z))  # (B, H, n, out of the layer below)
         return tuple(inputs), tuple(deltas[::-1])
 
     def step_size(self, theta, pending):
         """
-        theta (B, H, n) of the last tokens of pending; with memory_stable divided by max(1, 2 sum_{j <= i} rate_j |g_i . g_j|), a running
-        bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
+        theta (B, H, n) of the last tokens of pending; with memory_stable divided by max(1, 2 sum_{j <= i} rate_j |g_i . g_j|),
+        a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
         length), which keeps the whole step a contraction however alike the keys are.   (B, H, n)
         """
         if not self.stable:
@@ -585,9 +588,18 @@ class Block(nn.Module):
         m, memory = self.memory(x, state.memory, update_memory)
         return self.c_proj(m), state._replace(memory=memory)
 
+    def compile_step(self):
+        """torch.compile what a block repeats with the same shapes, once for all blocks: here each write to memory, and feed."""
+        self.feed = torch.compile(self.feed, dynamic=False)
+        if self.memory is not None:
+            self.memory.write = torch.compile(self.memory.write, dynamic=False)
+
+    def feed(self, x):
+        return x + self.drop(self.mlp(self.norm_2(x)))  # (B, T, C)
+
     def forward(self, x, state, pos, update_memory):
         x, state = self.mix(x, state, pos, update_memory)
-        return x + self.drop(self.mlp(self.norm_2(x))), state
+        return self.feed(x), state
 
 
 class MAGBlock(Block):
@@ -596,7 +608,7 @@ class MAGBlock(Block):
         o_t = Attn([P | x])_t + W M_t(q(x_t))
     Residual, then the MLP. (The paper multiplies the two branches; docs/log.md has both.)
     """
-    unused = ('segment_len', 'num_longterm_mem')
+    unused = ('segment_len', 'num_longterm_mem', 'checkpoint_segments')
 
     def mix(self, x, state, pos, update_memory):
         u = self.norm_1(x)
@@ -607,12 +619,12 @@ class MAGBlock(Block):
 
 class GPTBlock(MAGBlock):
     """The Transformer baseline: MAG without memory and persistent tokens; its window is all of block_size."""
-    unused = ('segment_len', 'window_len', 'num_persist_mem', 'memory_layers')
+    unused = ('segment_len', 'window_len', 'num_persist_mem', 'memory_layers', 'checkpoint_segments')
 
 
 class MALBlock(Block):
     """Memory as Layer: the memory, then sliding-window attention over what it made of the input, then the MLP; residuals."""
-    unused = ('segment_len', 'num_longterm_mem')
+    unused = ('segment_len', 'num_longterm_mem', 'checkpoint_segments')
 
     def __init__(self, config, has_memory):
         super().__init__(config, has_memory)
@@ -628,7 +640,7 @@ class MALBlock(Block):
 
 class LMMBlock(Block):
     """Long-term memory alone in attention's place, then the MLP. Without a memory only the MLP is left."""
-    unused = ('segment_len', 'window_len', 'n_head', 'num_persist_mem', 'num_longterm_mem')
+    unused = ('segment_len', 'window_len', 'n_head', 'num_persist_mem', 'num_longterm_mem', 'checkpoint_segments')
 
     def __init__(self, config, has_memory):
         super().__init__(config, has_memory)
@@ -657,6 +669,7 @@ class MACBlock(Block):
     def __init__(self, config, has_memory):
         super().__init__(config, has_memory)
         C, self.segment_len, self.questions = config.n_embd, config.segment_len, None
+        self.recompute = config.checkpoint_segments
         if has_memory:
             self.norm_z, self.share = RMSNorm(C), nn.Parameter(torch.zeros(C))
             if config.num_longterm_mem:
@@ -688,7 +701,7 @@ class MACBlock(Block):
         return state._replace(kv=KVCache(k, v, state.kv.pos.new_zeros(k.size(2))))
 
     def segment(self, state, x, at, cos, sin, q, k, v, asked, weights, update_memory):
-        """n tokens x (B, n, C), at `at` (n,) of their segment, their rotated q, k, v and what they ask. -> what that adds, state"""
+        """n tokens x (B, n, C) of a segment, at `at` (n,), their rotated q, k, v and what they ask. -> what that adds, state"""
         pos = at
         if asked is not None:  # h_j in front of x_j, at the same position
             h = self.attn.kv(self.memory.recall(asked, state.base, q.dtype), weights, (cos, sin))
@@ -702,6 +715,10 @@ class MACBlock(Block):
             m, state = self.remember(self.norm_z(torch.addcmul(x, self.share, y)), state, update_memory)
             y = y + m
         return y, state
+
+    def compile_step(self):
+        """As in Block, but a whole segment instead of the write in it."""
+        self.feed, self.segment = (torch.compile(step, dynamic=False) for step in (self.feed, self.segment))
 
     def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
@@ -720,7 +737,10 @@ class MACBlock(Block):
         for parts in tokens:
             if here == 0:
                 state = self.open_segment(state, first, weights, u)
-            y, state = self.segment(state, *parts, weights, update_memory)
+            if self.recompute and torch.is_grad_enabled():
+                y, state = checkpoint(self.segment, state, *parts, weights, update_memory, use_reentrant=False)
+            else:
+                y, state = self.segment(state, *parts, weights, update_memory)
             out.append(y)
             here = (here + y.size(1)) % self.segment_len
             if here == 0:  # the segment is full: nothing of it is seen again but through the memory
@@ -780,6 +800,14 @@ class TitansGPT(nn.Module):
         for block in self.blocks:
             if block.memory is not None:
                 block.memory.chunk_len = chunk_len
+
+    def compile_steps(self):
+        """
+        torch.compile the step each block repeats: traced once for all blocks and lengths, where the whole model would be traced
+        with every segment written out. A minute on a CPU.
+        """
+        for block in self.blocks:
+            block.compile_step()
 
     def init_state(self, batch_size):
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))

@@ -75,7 +75,7 @@ class TrainConfig(TitansConfig):
     # machine
     device: str = 'auto'            # cuda, mps or cpu, whichever there is, in this order
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
-    compile: bool = False
+    compile: bool = False           # torch.compile the step that blocks repeat: a minute on a CPU before the first step
     seed: int = 1337
 
     def __post_init__(self):
@@ -232,7 +232,7 @@ class Run:
         self.states = [None] * self.micro_steps  # carried state, one a micro-batch of this process
 
         torch.manual_seed(config.seed)
-        self.raw = TitansGPT(config.model_config()).to(self.device)  # before compile and DDP, which rename its parameters
+        self.raw = TitansGPT(config.model_config()).to(self.device)  # before DDP, which renames its parameters
         fused = self.device.type == 'cuda'
         self.optimizer = torch.optim.AdamW(self.raw.parameter_groups(config.weight_decay), lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), fused=fused)
@@ -241,7 +241,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if config.init_from == 'resume':
             self.resume()
-        self.model = torch.compile(self.raw) if config.compile else self.raw
+        self.model = self.raw
+        if config.compile:
+            self.raw.compile_steps()
         if self.process.world > 1:
             self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
         name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention under an explicit mask'
@@ -267,6 +269,8 @@ class Run:
         if content['provenance']['data'] != self.data.sha256:
             raise UserError(f"{self.path} was trained on other data than what {self.data.folder} holds now")
         if packed and self.config.carry_state:
+            if content['format'] != checkpoint.FORMAT:
+                raise UserError(f"{self.path} carries a state of an older version; resume with carry_state=False")
             names = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'seed')  # these say which text a row reads
             differ = [f"{n}={then[n]} there, {getattr(self.config, n)} asked for" for n in names
                       if then[n] != getattr(self.config, n)]

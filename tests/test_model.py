@@ -53,6 +53,14 @@ def tensors(state):
     return found
 
 
+def rotate(x, pos):
+    """Rotary positions as a turn of complex numbers: x (..., T, D), pos (T,)"""
+    real, imaginary = x.chunk(2, dim=-1)
+    angle = pos.double()[:, None] * 10000.0 ** (-torch.arange(real.size(-1)).double() / real.size(-1))
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 
 
@@ -286,7 +294,7 @@ def test_sliding_attention_is_masked_attention(variant, window, persist, cuts):
         pos += piece.size(1)
         parts.append(y)
         assert cache.k.size(2) <= window
-    q, k, v = attn.qkv(x)
+    q, k, v = (attn.split(part) for part in attn.c_attn(x).chunk(3, dim=-1))
     rows = []
     for t in range(T):
         seen = range(max(t - window + 1, 0), t + 1)
@@ -294,7 +302,7 @@ def test_sliding_attention_is_masked_attention(variant, window, persist, cuts):
         k_pos = torch.tensor([window + t % window - (t - s) for s in seen])
         keys, values = rotate(k[:, :, seen], k_pos), v[:, :, seen]
         if persist:
-            pk, pv = (z.expand(2, -1, -1, -1) for z in attn.kv(p))
+            pk, pv = (z.expand(2, -1, -1, -1) for z in attn.kv(p, attn.kv_weights()))
             keys, values = torch.cat((pk, keys), dim=2), torch.cat((pv, values), dim=2)
         weight = (rotate(q[:, :, t:t + 1], place) @ keys.mT / math.sqrt(keys.size(-1))).softmax(-1)
         rows.append(weight @ values)

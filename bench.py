@@ -1,0 +1,449 @@
+"""
+How fast, and in how much memory: models side by side, a step of each in turn, so that noise falls on all alike.
+
+    python bench.py                                                    # training and forward at shape S, 4 x 512, one thread
+    python bench.py --shape=M --sizes=2x512                            # 6 layers, 384 wide
+    python bench.py --models=gpt,mac-2 --sizes=1x1024,1x4096,1x16384   # tokens/s against the length
+    python bench.py --measure=stream --stream=1048576                  # a million tokens read on and on, generating on the way
+    python bench.py --peer=titans-pytorch                              # beside the package of that name, if it is installed
+
+A model is an architecture, -2 to -4 the depth of its memory, +compile to compile it. out_dir gets bench.json and bench.png.
+"""
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+import checkpoint
+import configurator
+from configurator import UserError
+from model import TitansConfig, TitansGPT
+from plot import brief, pyplot
+from train import commit, pick_device, pick_dtype
+
+SMALL = {'vocab_size': 256, 'segment_len': 64, 'window_len': 64}
+SHAPES = {'S': {**SMALL, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'memory_heads': 4},
+          'M': {**SMALL, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'memory_heads': 6},
+          '124M': {'segment_len': 512, 'window_len': 512}}  # the model's defaults are GPT-2's
+PEER = 'titans-pytorch'
+
+
+@dataclass
+class BenchConfig:
+    shape: Literal['S', 'M', '124M'] = 'S'
+    models: str = 'gpt,mac,mac-2,mag-2,mal-2,lmm,lmm-2'
+    sizes: str = '4x512'            # rows x tokens of a training step and of a forward pass
+    measure: str = 'train,forward,memory'  # and stream
+    stream: int = 1048576           # tokens that measure=stream reads; gpt, whose window is what it has, reads 512
+    chunk_len: int = 64
+    memory_momentum: float = 0.5
+    num_longterm_mem: int = 0
+    checkpoint_segments: bool = False
+    peer: Literal['', 'titans-pytorch'] = ''
+    repeats: int = 7
+    most_seconds: float = 60        # a length at which one step takes longer is not repeated, and no longer one is tried
+    threads: int = 1                # of the CPU; 0 = PyTorch's choice
+    device: str = 'auto'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    out_dir: str = 'out/bench'
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name in ('chunk_len', 'repeats', 'stream'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        wrong = set(self.measure.split(',')) - {'train', 'forward', 'memory', 'stream'}
+        if wrong:
+            raise ValueError(f"measure={self.measure}: '{min(wrong)}' is not one of train, forward, memory, stream")
+        try:
+            cells = [tuple(map(int, size.split('x'))) for size in self.sizes.split(',')]
+            ok = all(rows > 0 and length > 0 for rows, length in cells)
+            self.cells = sorted(cells, key=lambda cell: cell[1])
+        except ValueError:  # not two numbers, or no numbers
+            ok = False
+        if not ok:
+            raise ValueError(f"sizes={self.sizes} must be rows x tokens, such as 4x512 or 4x512,4x2048")
+        self.names = self.models.split(',') + [self.peer] * bool(self.peer)
+        for name in self.names:
+            if name != PEER:
+                model_config(self, name, 1)  # raises ValueError for what is no model
+
+
+def model_config(config, name, block_size):
+    """The TitansConfig of a model's name such as mac-2 or gpt+compile. ValueError if it has none."""
+    arch, _, depth = name.removesuffix('+compile').partition('-')
+    if depth not in ('', '1', '2', '3', '4'):
+        raise ValueError(f"models: '{name}' is no model; mac is one, and mac-2, of depth 2")
+    more = {n: getattr(config, n) for n in ('chunk_len', 'memory_momentum', 'num_longterm_mem', 'checkpoint_segments')}
+    return TitansConfig(arch=arch, block_size=block_size, memory_depth=int(depth or 1), memory_expansion=2, **more,
+                        **SHAPES[config.shape])
+
+
+class Ours:
+    """A model of ours at one size, ready to take steps."""
+
+    def __init__(self, config, name, rows, length):
+        torch.manual_seed(config.seed)
+        self.device, self.name = torch.device(pick_device(config.device)), name
+        dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.build(config, length)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=self.device.type == 'cuda')
+        self.idx = torch.randint(256, (rows, length), device=self.device)
+
+    def build(self, config, length):
+        self.model = TitansGPT(model_config(config, self.name, length)).to(self.device)
+        if self.name.endswith('+compile'):
+            self.model.compile_steps()
+
+    def loss(self):
+        return self.model(self.idx, self.idx)[1]
+
+    def train(self):
+        """Forward, backward, AdamW."""
+        with self.autocast:
+            loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def forward(self):
+        with self.autocast:
+            self.loss()
+
+    def timed(self, what):
+        began = time.perf_counter()
+        getattr(self, what)()
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+
+class Peer(Ours):
+    """The MAC of the package titans-pytorch at the same shape: segments, heads, widths, depth, expansion, chunk."""
+
+    def build(self, config, length):
+        try:
+            from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
+        except ImportError:
+            raise UserError(f"peer={PEER} is not installed: pip install {PEER}") from None
+        s = TitansConfig(**SHAPES[config.shape])
+        width = s.n_embd // s.memory_heads
+        self.model = MemoryAsContextTransformer(
+            num_tokens=s.vocab_size, dim=s.n_embd, depth=s.n_layer, segment_len=s.segment_len, heads=s.n_head,
+            dim_head=s.n_embd // s.n_head, num_persist_mem_tokens=s.num_persist_mem, neural_memory_segment_len=config.chunk_len,
+            neural_memory_batch_size=s.segment_len, neural_memory_model=MemoryMLP(dim=width, depth=2, expansion_factor=2.0),
+            neural_memory_kwargs={'heads': s.memory_heads, 'dim_head': width}).to(self.device)
+
+        for p in self.model.parameters():  # some are expanded views, which AdamW cannot write to
+            p.data = p.data.clone()
+
+    def loss(self):
+        return self.model(self.idx, return_loss=True)
+
+
+def make(config, name, rows, length):
+    return (Peer if name == PEER else Ours)(config, name, rows, length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a step has to do: operations, and bytes if nothing stayed in a cache
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def sdpa_cpu(q, k, v, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def sdpa_cpu_backward(g, q, k, v, *args, out_shape=None, **kwargs):
+    return sdpa_backward_flop_count(g, q, k, v)
+
+
+class Count(TorchDispatchMode):
+    """FLOPs of matrix products and attentions, whole squares, masked or not; bytes that operations but views read and write."""
+    flops = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if not func.is_view:
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+                if isinstance(tensor, torch.Tensor):
+                    self.bytes += tensor.numel() * tensor.element_size()
+        return out
+
+
+def machine(config):
+    """FLOPs a second of one large matrix product, bytes a second of one large copy: what no step here can beat."""
+    device = torch.device(pick_device(config.device))
+    dtype = pick_dtype(config.dtype, device)
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    big = torch.randn(64 * 2 ** 20, device=device)
+    into = torch.empty_like(big)
+
+    def best(act):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            act()
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+    return {'flops': 2 * 2048 ** 3 / best(lambda: a @ b), 'bytes': 2 * big.numel() * 4 / best(lambda: into.copy_(big))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# peak memory: of the device, or of a process of its own
+
+
+def peak_bytes():
+    """The most this process has held, in bytes."""
+    try:
+        with open('/proc/self/status', encoding='ascii') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def steps_in_a_process(config, name, rows, length, found):
+    set_threads(config)
+    model = make(config, name, rows, length)
+    before = peak_bytes()
+    for _ in range(2):
+        model.train()
+    found.put((peak_bytes(), before))
+
+
+def peak(config, name, rows, length):
+    """Peak bytes of two training steps: (of the whole process or the device, before the first step)."""
+    device = torch.device(pick_device(config.device))
+    if device.type == 'cuda':
+        model = make(config, name, rows, length)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        for _ in range(2):
+            model.train()
+        return torch.cuda.max_memory_allocated(device), before
+    context = multiprocessing.get_context('spawn')
+    found = context.SimpleQueue()
+    process = context.Process(target=steps_in_a_process, args=(config, name, rows, length, found))
+    process.start()
+    process.join()
+    if process.exitcode:
+        return None
+    return found.get()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the measurements
+
+
+def spread(seconds):
+    """Median, and the quartiles around it."""
+    seconds = sorted(seconds)
+    if len(seconds) < 3:
+        return {'median': statistics.median(seconds), 'low': seconds[0], 'high': seconds[-1], 'n': len(seconds)}
+    low, median, high = statistics.quantiles(seconds, n=4, method='inclusive')
+    return {'median': median, 'low': low, 'high': high, 'n': len(seconds)}
+
+
+def steps(config, what, limits, say):
+    """Tokens/s of `what` (train, forward) for each model and size, all models of a size in turn."""
+    rows_out, too_slow = [], set()
+    for rows, length in config.cells:
+        models, times = {}, {}
+        for name in config.names:
+            if name in too_slow:
+                say(f"{what:<8} {rows} x {length:<6} {name:<14} not tried: a shorter one took over {config.most_seconds:g} s")
+                continue
+            model = make(config, name, rows, length)
+            model.timed(what)  # compiles, fills caches
+            took = model.timed(what)
+            models[name], times[name] = model, [took]
+            if took > config.most_seconds:
+                too_slow.add(name)
+        for _ in range(config.repeats - 1):
+            for name in models:
+                if name not in too_slow:
+                    times[name].append(models[name].timed(what))
+        for name, model in models.items():
+            seconds, tokens = spread(times[name]), rows * length
+            counted = Count()
+            if not name.endswith('+compile'):  # what is compiled cannot be looked into
+                with counted:
+                    getattr(model, what)()
+            flops, moved = counted.flops, counted.bytes
+            row = {'what': what, 'model': name, 'rows': rows, 'length': length, 'seconds': seconds,
+                   'tokens_per_s': tokens / seconds['median'], 'parameters': sum(p.numel() for p in model.model.parameters())}
+            line = (f"{what:<8} {rows} x {length:<6} {name:<14} {row['tokens_per_s']:>9,.0f} tokens/s"
+                    f"  ({tokens / seconds['high']:,.0f} to {tokens / seconds['low']:,.0f})")
+            if flops:
+                row |= {'flops_per_token': flops / tokens, 'bytes_per_token': moved / tokens,
+                        'bound_tokens_per_s': tokens / (flops / limits['flops'])}
+                line += (f"  {flops / tokens / 1e6:8.2f} MFLOP and {moved / tokens / 1e6:6.2f} MB a token,"
+                         f" {row['tokens_per_s'] / row['bound_tokens_per_s']:4.0%} of its bound")
+            rows_out.append(row)
+            say(line)
+        base = next((r for r in rows_out if r['model'] == 'gpt' and (r['rows'], r['length']) == (rows, length)), None)
+        for row in rows_out:
+            if base and (row['rows'], row['length']) == (rows, length):
+                row['ratio'] = row['tokens_per_s'] / base['tokens_per_s']
+        if base:
+            say('         of gpt: ' + ', '.join(f"{r['model']} {r['ratio']:.2f}" for r in rows_out
+                                                if (r['rows'], r['length']) == (rows, length) and r is not base))
+    return rows_out
+
+
+def memory(config, say):
+    rows_out = []
+    for rows, length in config.cells:
+        for name in config.names:
+            found = peak(config, name, rows, length)
+            if found is None:
+                say(f"memory   {rows} x {length:<6} {name:<14} did not fit")
+                continue
+            most, before = found
+            rows_out.append({'what': 'memory', 'model': name, 'rows': rows, 'length': length, 'peak': most, 'before': before})
+            say(f"memory   {rows} x {length:<6} {name:<14} {most / 1e6:>9,.0f} MB at most, {before / 1e6:,.0f} before it began")
+    return rows_out
+
+
+@torch.inference_mode()
+def stream(config, say):
+    """
+    One text read in pieces of 4,096 tokens to the end: tokens/s and memory of each stretch between powers of four. And at those
+    positions a segment generated token by token, all models and positions in turn.
+    """
+    rows_out, states, models, piece = [], {}, {}, 4096
+    marks = [64, 512] + [n for n in (4 ** i for i in range(6, 16)) if n <= config.stream]
+    for name in config.names:
+        if name == PEER:
+            continue
+        model = models[name] = make(config, name, 1, 512)
+        model.model.eval()
+        state, pos, began = None, 0, time.perf_counter()
+        for mark in [m for m in marks if m <= 512 or not name.startswith('gpt')]:
+            start = pos
+            while pos < mark:
+                n = min(piece, mark - pos)
+                with model.autocast:
+                    state = model.model(torch.randint(256, (1, n), device=model.device), state=state)[2]
+                pos += n
+            if model.device.type == 'cuda':
+                torch.cuda.synchronize(model.device)
+            took = time.perf_counter() - began
+            held = torch.cuda.max_memory_allocated(model.device) if model.device.type == 'cuda' else peak_bytes()
+            states[name, mark] = state
+            if mark >= 4096:
+                rate = (mark - start) / took
+                rows_out.append({'what': 'prefill', 'model': name, 'from': start, 'to': mark, 'tokens_per_s': rate,
+                                 'peak': held})
+                say(f"prefill  to {brief(mark):<9} {name:<14} {rate:>9,.0f} tokens/s, {held / 1e6:,.0f} MB")
+            began = time.perf_counter()
+    times = {key: [] for key in states}
+    token = {name: torch.zeros(1, 1, dtype=torch.long, device=model.device) for name, model in models.items()}
+    for _ in range(config.repeats):
+        for (name, mark), state in states.items():
+            model = models[name]
+            segment, began = SHAPES[config.shape]['segment_len'], time.perf_counter()
+            for _ in range(segment):  # a whole one: what is done once in a segment is in it once
+                with model.autocast:
+                    logits, _, state = model.model(token[name], state=state)
+                token[name] = logits[:, -1].argmax(-1, keepdim=True)  # as generating does, and a GPU has to wait for it
+            token[name].tolist()
+            times[name, mark].append((time.perf_counter() - began) / segment)
+    for (name, mark), seconds in times.items():
+        seconds = spread(seconds)
+        rows_out.append({'what': 'generate', 'model': name, 'position': mark, 'seconds': seconds})
+        say(f"generate at {brief(mark):<6} {name:<14} {1000 * seconds['median']:9.2f} ms a token"
+            f"  ({1000 * seconds['low']:.2f} to {1000 * seconds['high']:.2f})")
+    return rows_out
+
+
+def set_threads(config):
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def draw(rows, title, path):
+    """Tokens/s against the length of the context, a line a model: training whole, forward dashed, prefill dotted."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    models = list(dict.fromkeys(r['model'] for r in rows if 'tokens_per_s' in r))
+    for what, style in (('train', 'o-'), ('forward', 'o--'), ('prefill', '.:')):
+        for model in models:
+            mine = [r for r in rows if r['what'] == what and r['model'] == model]
+            if mine:
+                axes.plot([r.get('length', r.get('to')) for r in mine], [r['tokens_per_s'] for r in mine], style, markersize=4,
+                          color=f'C{models.index(model)}', label=f'{model}, {what}')
+    axes.set(xscale='log', yscale='log', xlabel='tokens of context', ylabel='tokens/s', title=title)
+    ticks = sorted({r.get('length', r.get('to')) for r in rows if 'tokens_per_s' in r})
+    axes.set_xticks(ticks, map(brief, ticks), minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv):
+    config = configurator.load(BenchConfig, argv, __doc__)
+    set_threads(config)
+    device = torch.device(pick_device(config.device))
+    kind = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
+    limits = machine(config)
+    about = {'command': 'python bench.py ' + ' '.join(argv), 'date': date.today().isoformat(), 'commit': commit(),
+             'hardware': kind, 'torch': str(torch.__version__), 'threads': torch.get_num_threads(),
+             'dtype': str(pick_dtype(config.dtype, device)), 'machine': limits, 'config': asdict(config)}
+    print(f"{kind}, {about['threads']} threads, torch {about['torch']}, {about['dtype']}: a large matrix product runs at "
+          f"{limits['flops'] / 1e9:,.0f} GFLOP/s, a large copy at {limits['bytes'] / 1e9:,.1f} GB/s", flush=True)
+    wanted, rows = config.measure.split(','), []
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {config.out_dir}: {error.strerror}") from None
+
+    def keep(more):
+        rows.extend(more)
+        checkpoint.save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
+
+    def say(line):
+        print(line, flush=True)
+    for what in ('train', 'forward'):
+        if what in wanted:
+            keep(steps(config, what, limits, say))
+    if 'memory' in wanted:
+        keep(memory(config, say))
+    if 'stream' in wanted:
+        keep(stream(config, say))
+    if any('tokens_per_s' in r for r in rows):
+        path = os.path.join(config.out_dir, 'bench.png')
+        draw(rows, f"shape {config.shape}, {kind}, {about['threads']} threads", path)
+        print(f"wrote {os.path.join(config.out_dir, 'bench.json')} and {path}")
+    return 0
+
+
+def cpu_name():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            return next(line.split(':')[1].strip() for line in f if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == '__main__':
+    configurator.run(main)

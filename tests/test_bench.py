@@ -1,0 +1,38 @@
+"""bench.py counts what it says it counts, keeps it, and says what is wrong in one line. No assertion on time."""
+import json
+
+import pytest
+
+import bench
+from configurator import UserError
+from model import TitansConfig
+
+
+def test_a_run(tmp_path, capsys):
+    """All measurements of two models; the FLOPs of the Transformer's forward pass are those on paper."""
+    options = ['--models=gpt,lmm-2', '--sizes=2x64', '--repeats=1', '--measure=train,forward,memory,stream', '--stream=4096']
+    assert bench.main([*options, f'--out_dir={tmp_path}']) == 0
+    content = json.loads((tmp_path / 'bench.json').read_text())
+    assert content['machine']['flops'] > 0 and content['threads'] == 1
+    rows = {(r['what'], r['model']): r for r in content['rows']}
+    of_both = ('train', 'forward', 'memory', 'generate')
+    assert set(rows) == {(w, m) for w in of_both for m in ('gpt', 'lmm-2')} | {('prefill', 'lmm-2')}
+    s = TitansConfig(**bench.SHAPES['S'])
+    C, hidden = s.n_embd, 8 * -(-s.n_embd // 3)
+    on_paper = 2 * (s.n_layer * (4 * C * C + 3 * C * hidden + 2 * 64 * C) + C * s.vocab_size)  # 64 tokens, whole squares
+    assert rows['forward', 'gpt']['flops_per_token'] == on_paper
+    assert rows['train', 'gpt']['flops_per_token'] > 2.9 * on_paper
+    assert rows['train', 'lmm-2']['bytes_per_token'] > rows['forward', 'lmm-2']['bytes_per_token'] > 0
+    assert rows['memory', 'gpt']['peak'] > rows['memory', 'gpt']['before'] > 1e7
+    assert (tmp_path / 'bench.png').stat().st_size > 10000
+    assert 'of gpt: lmm-2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('option, message', [
+    ('--models=gpt,mca', "arch='mca' is not one of"), ('--models=mac-7', "'mac-7' is no model"),
+    ('--sizes=512', 'rows x tokens'), ('--sizes=2x3x4', 'rows x tokens'), ('--measure=speed', "'speed' is not one of"),
+    ('--repeats=0', 'at least 1'), ('--shape=L', 'shape must be one of')])
+def test_wrong_input(option, message):
+    with pytest.raises(UserError, match=message) as error:
+        bench.main([option])
+    assert '\n' not in str(error.value)
