@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle test lint compare family recall ablate shakespeare clean
+.PHONY: demo needle test lint compare family recall ablate shakespeare bench clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -87,6 +87,18 @@ shakespeare: .venv/ready
 	$(BIN)/python prepare.py shakespeare_char $(if $(SOURCE),--source=$(SOURCE))
 	$(BIN)/python train.py config/shakespeare_char_cpu.py
 	$(BIN)/python sample.py --out_dir=out/shakespeare_char_cpu --max_new_tokens=500
+
+# speed and memory, everything docs/results.md has of them: some 25 minutes. PEER=--peer=titans-pytorch where that is installed
+BENCH = $(BIN)/python bench.py
+COMPILED = gpt+compile,mac+compile,mac-2+compile,lmm-2+compile
+bench: .venv/ready
+	$(BENCH) --measure=train,forward --out_dir=out/bench/S --models=gpt,mac,mac-2,mag-2,mal-2,lmm,lmm-2,$(COMPILED) $(PEER)
+	$(BENCH) --measure=train,forward --out_dir=out/bench/M --shape=M --sizes=2x512 --repeats=5 --models=gpt,mac,mac-2,lmm-2,gpt+compile,mac-2+compile $(PEER)
+	$(BENCH) --measure=memory --out_dir=out/bench/memory --sizes=4x2048 --models=gpt,mac,mac-2,lmm-2
+	$(BENCH) --measure=train,memory --out_dir=out/bench/checkpointed --sizes=4x2048 --models=gpt,mac,mac-2 --checkpoint_segments --repeats=3
+	$(BENCH) --measure=train --out_dir=out/bench/length --sizes=1x1024,1x4096,1x8192,1x16384,1x32768 --models=gpt,mac-2,lmm-2 \
+	  --repeats=3 --most_seconds=12
+	$(BENCH) --measure=stream --out_dir=out/bench/stream --models=gpt,mac,mac-2,lmm-2 --repeats=5
 
 clean:
 	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache

@@ -9,6 +9,10 @@ How fast, and in how much memory: models side by side, a step of each in turn, s
 
 A model is an architecture, -2 to -4 the depth of its memory, +compile to compile it. out_dir gets bench.json and bench.png.
 """
+import concurrent.futures
+import contextlib
+import gc
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -22,7 +26,7 @@ from typing import Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import checkpoint
 import configurator
@@ -59,9 +63,12 @@ class BenchConfig:
     seed: int = 1337
 
     def __post_init__(self):
-        for name in ('chunk_len', 'repeats', 'stream'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in ('chunk_len', 1), ('repeats', 1), ('stream', 4096), ('threads', 0):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if SHAPES[self.shape]['segment_len'] % self.chunk_len:
+            raise ValueError(f"chunk_len={self.chunk_len} must divide the segments of shape {self.shape}, "
+                             f"{SHAPES[self.shape]['segment_len']} tokens")
         wrong = set(self.measure.split(',')) - {'train', 'forward', 'memory', 'stream'}
         if wrong:
             raise ValueError(f"measure={self.measure}: '{min(wrong)}' is not one of train, forward, memory, stream")
@@ -73,16 +80,18 @@ class BenchConfig:
             ok = False
         if not ok:
             raise ValueError(f"sizes={self.sizes} must be rows x tokens, such as 4x512 or 4x512,4x2048")
-        self.names = self.models.split(',') + [self.peer] * bool(self.peer)
+        self.names = list(dict.fromkeys(self.models.split(',')))
         for name in self.names:
-            if name != PEER:
-                model_config(self, name, 1)  # raises ValueError for what is no model
+            model_config(self, name, 1)  # raises ValueError for what is no model
+            if name.endswith('+compile') and {'memory', 'stream'} & set(self.measure.split(',')):
+                raise ValueError(f"models: {name} goes with train and forward alone, else what compiles is measured too")
+        self.names += [self.peer] * bool(self.peer)
 
 
 def model_config(config, name, block_size):
-    """The TitansConfig of a model's name such as mac-2 or gpt+compile. ValueError if it has none."""
+    """The TitansConfig of a model's name such as mac-2 or gpt+compile. Raises ValueError if it has none."""
     arch, _, depth = name.removesuffix('+compile').partition('-')
-    if depth not in ('', '1', '2', '3', '4'):
+    if depth not in ('', '1', '2', '3', '4') or (arch == 'gpt' and depth):
         raise ValueError(f"models: '{name}' is no model; mac is one, and mac-2, of depth 2")
     more = {n: getattr(config, n) for n in ('chunk_len', 'memory_momentum', 'num_longterm_mem', 'checkpoint_segments')}
     return TitansConfig(arch=arch, block_size=block_size, memory_depth=int(depth or 1), memory_expansion=2, **more,
@@ -97,9 +106,10 @@ class Ours:
         self.device, self.name = torch.device(pick_device(config.device)), name
         dtype = pick_dtype(config.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.targets = 0
         self.build(config, length)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=self.device.type == 'cuda')
-        self.idx = torch.randint(256, (rows, length), device=self.device)
+        self.idx = torch.randint(256, (rows, length + self.targets), device=self.device)
 
     def build(self, config, length):
         self.model = TitansGPT(model_config(config, self.name, length)).to(self.device)
@@ -131,13 +141,10 @@ class Ours:
 
 
 class Peer(Ours):
-    """The MAC of the package titans-pytorch at the same shape: segments, heads, widths, depth, expansion, chunk."""
+    """The MAC of the package titans-pytorch at the shape of mac-2: segments, heads, widths, depth, chunk, momentum."""
 
     def build(self, config, length):
-        try:
-            from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
-        except ImportError:
-            raise UserError(f"peer={PEER} is not installed: pip install {PEER}") from None
+        from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
         s = TitansConfig(**SHAPES[config.shape])
         width = s.n_embd // s.memory_heads
         self.model = MemoryAsContextTransformer(
@@ -148,6 +155,7 @@ class Peer(Ours):
 
         for p in self.model.parameters():  # some are expanded views, which AdamW cannot write to
             p.data = p.data.clone()
+        self.targets = 1  # it takes the last token for a target alone
 
     def loss(self):
         return self.model(self.idx, return_loss=True)
@@ -158,17 +166,16 @@ def make(config, name, rows, length):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what a step has to do: operations, and bytes if nothing stayed in a cache
+# what a step does: operations, and bytes if nothing stayed in a cache
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def sdpa_cpu(q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(q, k, v)
-
-
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def sdpa_cpu_backward(g, q, k, v, *args, out_shape=None, **kwargs):
-    return sdpa_backward_flop_count(g, q, k, v)
+aten = torch.ops.aten
+FLOPS = {**flop_registry,
+         aten.baddbmm_: lambda _, a, b, **more: bmm_flop(a, b, out_val=more['out_val']),
+         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+         aten._scaled_dot_product_flash_attention_for_cpu_backward:
+             lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)}
+NOT_MOVED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view}
 
 
 class Count(TorchDispatchMode):
@@ -177,9 +184,9 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        if not func.is_view:
+        if func._overloadpacket in FLOPS:
+            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if not func.is_view and func._overloadpacket not in NOT_MOVED:
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs, out)):
                 if isinstance(tensor, torch.Tensor):
                     self.bytes += tensor.numel() * tensor.element_size()
@@ -190,7 +197,8 @@ def machine(config):
     """FLOPs a second of one large matrix product, bytes a second of one large copy: what no step here can beat."""
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    n = 8192 if device.type == 'cuda' else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     big = torch.randn(64 * 2 ** 20, device=device)
     into = torch.empty_like(big)
 
@@ -203,15 +211,27 @@ def machine(config):
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
         return min(times)
-    return {'flops': 2 * 2048 ** 3 / best(lambda: a @ b), 'bytes': 2 * big.numel() * 4 / best(lambda: into.copy_(big))}
+    return {'flops': 2 * n ** 3 / best(lambda: a @ b), 'bytes': 2 * big.numel() * 4 / best(lambda: into.copy_(big))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # peak memory: of the device, or of a process of its own
 
 
-def peak_bytes():
-    """The most this process has held, in bytes."""
+def reset_peak(device):
+    """Let peak_bytes begin anew, where the system can."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
+        f.write('5')
+
+
+def peak_bytes(device):
+    """The most that the device, or on a CPU this process, has held since reset_peak, in bytes."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
     try:
         with open('/proc/self/status', encoding='ascii') as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
@@ -219,33 +239,24 @@ def peak_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def steps_in_a_process(config, name, rows, length, found):
+def peak(config, name, rows, length):
+    """Peak bytes of two training steps, and those before them."""
     set_threads(config)
     model = make(config, name, rows, length)
-    before = peak_bytes()
+    reset_peak(model.device)
+    before = peak_bytes(model.device)
     for _ in range(2):
         model.train()
-    found.put((peak_bytes(), before))
+    return peak_bytes(model.device), before
 
 
-def peak(config, name, rows, length):
-    """Peak bytes of two training steps: (of the whole process or the device, before the first step)."""
-    device = torch.device(pick_device(config.device))
-    if device.type == 'cuda':
-        model = make(config, name, rows, length)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        for _ in range(2):
-            model.train()
-        return torch.cuda.max_memory_allocated(device), before
-    context = multiprocessing.get_context('spawn')
-    found = context.SimpleQueue()
-    process = context.Process(target=steps_in_a_process, args=(config, name, rows, length, found))
-    process.start()
-    process.join()
-    if process.exitcode:
-        return None
-    return found.get()
+def in_a_process(function, *args):
+    """function(*args) of a process of its own, whose memory nothing else has touched. None if it ran out of memory."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except (concurrent.futures.process.BrokenProcessPool, torch.OutOfMemoryError):
+            return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,14 +272,14 @@ def spread(seconds):
     return {'median': median, 'low': low, 'high': high, 'n': len(seconds)}
 
 
-def steps(config, what, limits, say):
-    """Tokens/s of `what` (train, forward) for each model and size, all models of a size in turn."""
-    rows_out, too_slow = [], set()
+def steps(config, what, limits):
+    """Tokens/s of `what` (train, forward) for each model and size, all models of a size in turn. Yields the rows of a size."""
+    too_slow = set()
     for rows, length in config.cells:
-        models, times = {}, {}
+        models, times, size = {}, {}, f"{what:<8} {rows} x {length:<6}"
         for name in config.names:
             if name in too_slow:
-                say(f"{what:<8} {rows} x {length:<6} {name:<14} not tried: a shorter one took over {config.most_seconds:g} s")
+                say(f"{size} {name:<14} not tried: a shorter one took over {config.most_seconds:g} s")
                 continue
             model = make(config, name, rows, length)
             model.timed(what)  # compiles, fills caches
@@ -280,98 +291,92 @@ def steps(config, what, limits, say):
             for name in models:
                 if name not in too_slow:
                     times[name].append(models[name].timed(what))
+        found = []
         for name, model in models.items():
             seconds, tokens = spread(times[name]), rows * length
-            counted = Count()
-            if not name.endswith('+compile'):  # what is compiled cannot be looked into
-                with counted:
-                    getattr(model, what)()
-            flops, moved = counted.flops, counted.bytes
             row = {'what': what, 'model': name, 'rows': rows, 'length': length, 'seconds': seconds,
                    'tokens_per_s': tokens / seconds['median'], 'parameters': sum(p.numel() for p in model.model.parameters())}
-            line = (f"{what:<8} {rows} x {length:<6} {name:<14} {row['tokens_per_s']:>9,.0f} tokens/s"
+            line = (f"{size} {name:<14} {row['tokens_per_s']:>9,.0f} tokens/s"
                     f"  ({tokens / seconds['high']:,.0f} to {tokens / seconds['low']:,.0f})")
-            if flops:
-                row |= {'flops_per_token': flops / tokens, 'bytes_per_token': moved / tokens,
-                        'bound_tokens_per_s': tokens / (flops / limits['flops'])}
-                line += (f"  {flops / tokens / 1e6:8.2f} MFLOP and {moved / tokens / 1e6:6.2f} MB a token,"
+            if not name.endswith('+compile'):  # what is compiled cannot be looked into
+                with Count() as counted:
+                    getattr(model, what)()
+                row |= {'flops_per_token': counted.flops / tokens, 'bytes_per_token': counted.bytes / tokens,
+                        'bound_tokens_per_s': tokens / (counted.flops / limits['flops'])}
+                line += (f"  {row['flops_per_token'] / 1e6:8.2f} MFLOP and {row['bytes_per_token'] / 1e6:6.2f} MB a token,"
                          f" {row['tokens_per_s'] / row['bound_tokens_per_s']:4.0%} of its bound")
-            rows_out.append(row)
+            found.append(row)
             say(line)
-        base = next((r for r in rows_out if r['model'] == 'gpt' and (r['rows'], r['length']) == (rows, length)), None)
-        for row in rows_out:
-            if base and (row['rows'], row['length']) == (rows, length):
-                row['ratio'] = row['tokens_per_s'] / base['tokens_per_s']
+        base = next((row['tokens_per_s'] for row in found if row['model'] == 'gpt'), None)
         if base:
-            say('         of gpt: ' + ', '.join(f"{r['model']} {r['ratio']:.2f}" for r in rows_out
-                                                if (r['rows'], r['length']) == (rows, length) and r is not base))
-    return rows_out
+            for row in found:
+                row['ratio'] = row['tokens_per_s'] / base
+            say(f"{size} of gpt: " + ', '.join(f"{row['model']} {row['ratio']:.2f}" for row in found if row['model'] != 'gpt'))
+        yield found
 
 
-def memory(config, say):
-    rows_out = []
+def memory(config):
+    """Peak memory of two training steps for each model and size. Yields a row at a time."""
     for rows, length in config.cells:
         for name in config.names:
-            found = peak(config, name, rows, length)
-            if found is None:
-                say(f"memory   {rows} x {length:<6} {name:<14} did not fit")
-                continue
-            most, before = found
-            rows_out.append({'what': 'memory', 'model': name, 'rows': rows, 'length': length, 'peak': most, 'before': before})
-            say(f"memory   {rows} x {length:<6} {name:<14} {most / 1e6:>9,.0f} MB at most, {before / 1e6:,.0f} before it began")
-    return rows_out
+            found = in_a_process(peak, config, name, rows, length)
+            most, before = found or (None, None)
+            said = f"{most / 1e6:>9,.0f} MB at most, {before / 1e6:,.0f} before it began" if found else 'did not fit'
+            say(f"memory   {rows} x {length:<6} {name:<14} {said}")
+            yield [{'what': 'memory', 'model': name, 'rows': rows, 'length': length, 'peak': most, 'before': before}]
 
 
 @torch.inference_mode()
-def stream(config, say):
+def stream(config):
     """
-    One text read in pieces of 4,096 tokens to the end: tokens/s and memory of each stretch between powers of four. And at those
-    positions a segment generated token by token, all models and positions in turn.
+    One text read in pieces of 4,096 tokens to the end: tokens/s and peak memory of each stretch between powers of four. And at
+    those positions a segment generated token by token, all models and positions in turn. Yields the rows of each.
     """
-    rows_out, states, models, piece = [], {}, {}, 4096
-    marks = [64, 512] + [n for n in (4 ** i for i in range(6, 16)) if n <= config.stream]
+    states, models = {}, {}
+    marks = [64, 512] + [n for n in (4 ** i for i in range(6, 20)) if n < config.stream] + [config.stream]
     for name in config.names:
         if name == PEER:
+            say(f"stream: {PEER} does not read on from a state")
             continue
-        model = models[name] = make(config, name, 1, 512)
+        model, state, pos = make(config, name, 1, 512), None, 0
+        models[name] = model
         model.model.eval()
-        state, pos, began = None, 0, time.perf_counter()
-        for mark in [m for m in marks if m <= 512 or not name.startswith('gpt')]:
-            start = pos
+        for mark in [m for m in marks if m <= 512 or name != 'gpt']:
+            reset_peak(model.device)
+            start, began = pos, time.perf_counter()
             while pos < mark:
-                n = min(piece, mark - pos)
+                n = min(4096, mark - pos)
                 with model.autocast:
                     state = model.model(torch.randint(256, (1, n), device=model.device), state=state)[2]
                 pos += n
             if model.device.type == 'cuda':
                 torch.cuda.synchronize(model.device)
-            took = time.perf_counter() - began
-            held = torch.cuda.max_memory_allocated(model.device) if model.device.type == 'cuda' else peak_bytes()
+            rate, held = (mark - start) / (time.perf_counter() - began), peak_bytes(model.device)
             states[name, mark] = state
-            if mark >= 4096:
-                rate = (mark - start) / took
-                rows_out.append({'what': 'prefill', 'model': name, 'from': start, 'to': mark, 'tokens_per_s': rate,
-                                 'peak': held})
+            if mark > 512:
                 say(f"prefill  to {brief(mark):<9} {name:<14} {rate:>9,.0f} tokens/s, {held / 1e6:,.0f} MB")
-            began = time.perf_counter()
-    times = {key: [] for key in states}
-    token = {name: torch.zeros(1, 1, dtype=torch.long, device=model.device) for name, model in models.items()}
-    for _ in range(config.repeats):
+                yield [{'what': 'prefill', 'model': name, 'from': start, 'to': mark, 'tokens_per_s': rate, 'peak': held}]
+    times, length = {key: [] for key in states}, SHAPES[config.shape]['segment_len']
+    for repeat in range(config.repeats + 1):
         for (name, mark), state in states.items():
-            model = models[name]
-            segment, began = SHAPES[config.shape]['segment_len'], time.perf_counter()
-            for _ in range(segment):  # a whole one: what is done once in a segment is in it once
+            model, began = models[name], time.perf_counter()
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            for _ in range(length):  # a whole segment: what is done once in one is in it once
                 with model.autocast:
-                    logits, _, state = model.model(token[name], state=state)
-                token[name] = logits[:, -1].argmax(-1, keepdim=True)  # as generating does, and a GPU has to wait for it
-            token[name].tolist()
-            times[name, mark].append((time.perf_counter() - began) / segment)
+                    logits, _, state = model.model(token, state=state)
+                token = logits[:, -1].argmax(-1, keepdim=True)
+                token.tolist()  # as a reader would, and a GPU has to wait for it
+            if repeat:  # the first warms up
+                times[name, mark].append((time.perf_counter() - began) / length)
     for (name, mark), seconds in times.items():
         seconds = spread(seconds)
-        rows_out.append({'what': 'generate', 'model': name, 'position': mark, 'seconds': seconds})
         say(f"generate at {brief(mark):<6} {name:<14} {1000 * seconds['median']:9.2f} ms a token"
             f"  ({1000 * seconds['low']:.2f} to {1000 * seconds['high']:.2f})")
-    return rows_out
+        yield [{'what': 'generate', 'model': name, 'position': mark, 'seconds': seconds}]
+
+
+def say(line):
+    print(line, flush=True)
 
 
 def set_threads(config):
@@ -402,6 +407,9 @@ def draw(rows, title, path):
 
 def main(argv):
     config = configurator.load(BenchConfig, argv, __doc__)
+    if config.peer and not importlib.util.find_spec('titans_pytorch'):
+        raise UserError(f"peer={PEER} is not installed: pip install {PEER}")
+    pyplot()  # before anything is measured: UserError if it is missing
     set_threads(config)
     device = torch.device(pick_device(config.device))
     kind = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
@@ -411,25 +419,17 @@ def main(argv):
              'dtype': str(pick_dtype(config.dtype, device)), 'machine': limits, 'config': asdict(config)}
     print(f"{kind}, {about['threads']} threads, torch {about['torch']}, {about['dtype']}: a large matrix product runs at "
           f"{limits['flops'] / 1e9:,.0f} GFLOP/s, a large copy at {limits['bytes'] / 1e9:,.1f} GB/s", flush=True)
-    wanted, rows = config.measure.split(','), []
     try:
         os.makedirs(config.out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {config.out_dir}: {error.strerror}") from None
-
-    def keep(more):
-        rows.extend(more)
-        checkpoint.save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
-
-    def say(line):
-        print(line, flush=True)
-    for what in ('train', 'forward'):
-        if what in wanted:
-            keep(steps(config, what, limits, say))
-    if 'memory' in wanted:
-        keep(memory(config, say))
-    if 'stream' in wanted:
-        keep(stream(config, say))
+    ways = {'train': lambda: steps(config, 'train', limits), 'forward': lambda: steps(config, 'forward', limits),
+            'memory': lambda: memory(config), 'stream': lambda: stream(config)}
+    rows = []
+    for what in [w for w in ways if w in config.measure.split(',')]:
+        for found in ways[what]():
+            rows += found
+            checkpoint.save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
     if any('tokens_per_s' in r for r in rows):
         path = os.path.join(config.out_dir, 'bench.png')
         draw(rows, f"shape {config.shape}, {kind}, {about['threads']} threads", path)

@@ -31,7 +31,7 @@ def by_hand(function):
     def full_precision(ctx, *grads):
         with torch.autocast(grads[0].device.type, enabled=False):
             return backward(ctx, *grads)
-    function.backward = staticmethod(full_precision)
+    function.backward = staticmethod(torch.autograd.function.once_differentiable(full_precision))
 
     @functools.wraps(function, updated=())
     def call(*args):
@@ -91,6 +91,7 @@ class rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin):
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         ctx.save_for_backward(cos, sin)
         return (x * cos).addcmul_(x.roll(x.size(-1) // 2, -1), sin)
 
@@ -113,6 +114,8 @@ class causal_conv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         taps = weight.mT.contiguous()  # (K, C)
         T = x.size(1) - len(taps) + 1
+        if T == 1:  # two operations, for a token at a time
+            return (x * taps).sum(1, keepdim=True)
         y = x[:, :T] * taps[0]
         for j in range(1, len(taps)):
             y.addcmul_(x[:, j:j + T], taps[j])
@@ -137,13 +140,14 @@ HIDDEN = 0.1 ** 0.5  # hidden layers have weights from N(0, 1 / HIDDEN^2) and le
 
 
 def feature_scale(z):
+    """What brings features (..., D) to unit length."""
     return 1 / (GELU_STD * math.sqrt(z.size(-1)))
 
 
 def features_of(z):
     """features, given HIDDEN z"""
     z = F.gelu(z)
-    return torch.add(z.new_tensor(-GELU_MEAN * feature_scale(z)), z, alpha=feature_scale(z))
+    return torch.add(z.new_full((), -GELU_MEAN * feature_scale(z)), z, alpha=feature_scale(z))
 
 
 def times_slope(g, z):
@@ -223,7 +227,8 @@ class Pass:
     overlaps: list   # a a^T of each layer   (G, n, n)
     deltas: list     # d of each layer   (G, n, out)
     backs: list      # d of the layer above, come down to its output   (G, n, out)
-    clip: torch.Tensor     # what was left of each error's length   (G, n, 1)
+    clipped: torch.Tensor  # which errors were too long   (G, n, 1)
+    clip: torch.Tensor     # what was left of each one's length   (G, n, 1)
     rate: torch.Tensor     # the rest as in NeuralMemory.write and step_size   (G, n)
     total: torch.Tensor    # sum of overlaps for errors of unit length   (G, n, n)
     over: torch.Tensor     # what theta was divided by   (G, n)
@@ -242,12 +247,13 @@ class Pass:
 
 
 def lengths(deltas):
-    """|d| of each layer, and those of the hidden ones over that of the last.   (G, n) each"""
-    sizes = [torch.linalg.vector_norm(d, dim=-1).clamp_min_(1e-6) for d in deltas]
-    return sizes, [size / sizes[-1] for size in sizes[:-1]]
+    """|d| of each layer, and those of the hidden ones over that of the last, which counts as 1e-6 at least.   (G, n) each"""
+    sizes = [torch.linalg.vector_norm(d, dim=-1) for d in deltas]
+    return sizes, [size / sizes[-1].clamp_min(1e-6) for size in sizes[:-1]]
 
 
 def forward_pass(limit, q, k, v, theta, eta, alpha, Ms, Ss):
+    """chunk's forward up to what was read; q, k, v (G, n, D), gates (G, n), M and S of each layer (G, out, in). -> Pass"""
     bases, inputs, hidden, overlaps, last = [], [], [], [], len(Ms) - 1
     for M, S in zip(Ms, Ss, strict=True):
         a, o = features_of(hidden[-1]) if hidden else k, M.size(1)
@@ -257,9 +263,8 @@ def forward_pass(limit, q, k, v, theta, eta, alpha, Ms, Ss):
         if len(inputs) <= last:
             hidden.append(HIDDEN * z)
     d = (z - v).mul_(2)
-    clip = torch.ones_like(d[..., :1])
-    if limit < math.inf:
-        clip = limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min_(limit)
+    clip = torch.linalg.vector_norm(d, dim=-1, keepdim=True)
+    clipped, clip = clip > limit, limit / clip.clamp_min_(limit) if limit < math.inf else torch.ones_like(clip)
     deltas, backs = [d.mul_(clip)], []
     for M, z in zip(Ms[:0:-1], hidden[::-1], strict=True):
         backs.insert(0, torch.bmm(deltas[0], M))
@@ -286,8 +291,8 @@ def forward_pass(limit, q, k, v, theta, eta, alpha, Ms, Ss):
         y = (p[..., o:2 * o] * beta[..., None]).addcmul_(p[..., :o], carry[..., None])
         y = y.baddbmm_(p[..., 2 * o:] * coef, d, alpha=-1)
         asked.append(r), read.append(y), found.append(p)
-    return Pass(bases, inputs, hidden, overlaps, deltas, backs, clip, rate, total, over, step, keep, momentum, beta, decay,
-                mixed, carry, coef, into_s, asked, read, found)
+    return Pass(bases, inputs, hidden, overlaps, deltas, backs, clipped, clip, rate, total, over, step, keep, momentum, beta,
+                decay, mixed, carry, coef, into_s, asked, read, found)
 
 
 @by_hand
@@ -369,8 +374,9 @@ class chunk(torch.autograd.Function):
         g_logs = []
         for g, through, g_start, start in ((g_keep, p.keep, g_beta, p.beta), (g_momentum, p.momentum, from_start, p.decay)):
             g = g.mul_(through)  # d / d log of each product; a log counts in those that begin before it and end at it or later
-            g = (g.sum(-1) - g.sum(-2)).addcmul_(g_start, start)
-            g_logs.append(g.flip(-1).cumsum(-1).flip(-1))
+            wide = g.dtype if g.device.type == 'mps' else torch.float64  # most of both sums cancels
+            g = (g.sum(-1, dtype=wide) - g.sum(-2, dtype=wide)).add_(g_start * start)
+            g_logs.append(g.flip(-1).cumsum(-1).flip(-1).to(theta.dtype))
         g_alpha = torch.where(1 - alpha > 1e-30, g_logs[0] / (alpha - 1), 0)
         g_eta = torch.where(eta > 1e-30, g_logs[1] / eta, 0)
 
@@ -386,8 +392,9 @@ class chunk(torch.autograd.Function):
                     g.mul_(ratio[:, :, None]).mul_(ratio[:, None, :])
                     of_pairs = g * overlap  # d / d log of either's size
                     of_sizes = of_pairs.sum(-1).add_(of_pairs.sum(-2))
-                    g_d[i].addcmul_(p.deltas[i], (of_sizes / sizes[i].square())[..., None])
-                    g_d[-1].addcmul_(p.deltas[-1], (of_sizes / sizes[-1].square())[..., None], value=-1)
+                    for j, sign in (i, 1), (-1, -1):
+                        share = torch.where(sizes[j] > (1e-6 if j < 0 else 0), of_sizes / sizes[j].square(), 0)
+                        g_d[j].addcmul_(p.deltas[j], share[..., None], value=sign)
                 g_a[i] = torch.baddbmm(g_a[i], g, p.inputs[i]).baddbmm_(g.mT, p.inputs[i])
             one = 1 - eta
             g_theta = g_theta.addcdiv_(g_rate, one.clamp_min(1e-3))
@@ -402,7 +409,7 @@ class chunk(torch.autograd.Function):
             g_M[i + 1] = torch.baddbmm(g_M[i + 1], p.deltas[i + 1].mT, g)
         g, d = g_d[-1], p.deltas[-1]
         if ctx.limit < math.inf:  # where it is clipped only the direction counts
-            g = g.addcmul_(d, (dot(g, d)[..., None] * (p.clip < 1)).div_(-ctx.limit ** 2)).mul_(p.clip)
+            g = g.addcmul_(d, (dot(g, d)[..., None] * p.clipped).div_(-ctx.limit ** 2)).mul_(p.clip)
         g_out[-1] = g.mul_(2)
         for i in reversed(range(layers)):
             g_M[i] = torch.baddbmm(g_M[i], g_out[i].mT, p.inputs[i])

@@ -1,5 +1,5 @@
 """
-Titans: Learning to Memorize at Test Time (Behrouz, Zhong, Mirrokni; arXiv 2501.00663) in one file.
+Titans: Learning to Memorize at Test Time (Behrouz, Zhong, Mirrokni; arXiv 2501.00663).
 
 A Titans model has three memories. Short-term: attention inside a segment. Persistent: a few learned tokens, the same for
 every input. Long-term: a small MLP, one per sequence, layer and head, whose weights are trained by gradient descent
@@ -136,20 +136,16 @@ def nearest(n, unit):
 
 
 class Pending(NamedTuple):
-    """
-    The tokens of an open chunk, N of them: already read by, not yet folded into, the weights. M and S are now what in_m and
-    in_s make of what they were when the chunk began and of the tokens' gradients: in_m[0] M + in_m[1] S - sum_i in_m[2+i] g_i
-    """
+    """The tokens of an open chunk, N of them: already written, but still of account for how far the next may step."""
     inputs: tuple     # what each memory layer saw of the keys      (B, H, N, in) a layer
     deltas: tuple     # what came back to its output side           (B, H, N, out) a layer
     rate: torch.Tensor   # what a step comes to with its momentum, theta / (1 - eta)   (B, H, N)
-    in_m: torch.Tensor   # (B, H, 2+N)
-    in_s: torch.Tensor   # (B, H, 2+N)
 
 
 class MemoryState(NamedTuple):
-    weights: tuple    # M when the open chunk began                 (B, H, out, in) a layer
-    surprise: tuple   # S when the open chunk began                 as weights
+    weights: tuple    # M after the last token                      (B, H, out, in) a layer
+    surprise: tuple   # S after the last token                      as weights
+    begin: tuple      # M when the open chunk began: where its surprise is measured   as weights
     pending: Pending
     tail: torch.Tensor   # the convolution's last inputs            (B, memory_conv - 1, 3C)
     written: torch.Tensor  # theta and alpha summed over the tokens read   (B, H, 2)
@@ -224,14 +220,14 @@ def rotary(length, width, dtype, device, base=10000.0):
 
 class NeuralMemory(nn.Module):
     """
-    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)) with g = features,
+    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)) with g = kernels.features,
     written to by the update at the top of this file, in its closed form over a chunk.
 
     With L(x)[t, s] = prod_{s < j <= t} x_j, a_i and d_i the input and output-side delta of token i in one layer (its
     gradient is the outer product d_i a_i^T), and C = L(1 - alpha) L(eta) diag(theta), that form is
         M_t r = beta_t M_0 r + F_t S_0 r - sum_{i <= t} C[t, i] (a_i . r) d_i
     with beta and F the products that carry M_0 and S_0 to t. Every term is a matrix product, no token has weights of its
-    own, and autograd differentiates the whole. A chunk may arrive in pieces: `Pending` keeps a, d and the gates.
+    own. A chunk may arrive in pieces: each goes on from the M and S that the last left, its surprise still measured at M_0.
     """
 
     ERROR_CLIP = 1.0  # memory_stable: the largest root mean square of M(k) - v that counts in full (a Huber loss)
@@ -239,8 +235,8 @@ class NeuralMemory(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.head_dim = config.memory_heads, config.n_embd // config.memory_heads
-        self.chunk_len, self.kernel, self.stable = config.chunk_len, config.memory_conv, config.memory_stable
-        self.limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim) if self.stable else math.inf  # of |d|
+        self.chunk_len, self.kernel = config.chunk_len, config.memory_conv
+        self.limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim) if config.memory_stable else math.inf  # of |d|
         H, D, C = self.n_head, self.head_dim, config.n_embd
         self.c_qkv = nn.Linear(C, 3 * C, bias=False)
         self.conv = nn.Parameter(torch.empty(3 * C, self.kernel, 1)) if self.kernel else None  # 3-d: no weight decay
@@ -284,23 +280,21 @@ class NeuralMemory(nn.Module):
     def init_state(self, batch_size):
         """A fresh memory: M_0, no surprise, nothing pending."""
         weights = tuple(w.expand(batch_size, *w.shape) for w in self.initial)
-        return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), self.no_pending(batch_size),
+        return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), weights, self.no_pending(batch_size),
                            self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features),
                            self.gain.new_zeros(batch_size, self.n_head, 2))
 
     def no_pending(self, batch_size):
         def empty(*width):
             return self.gain.new_empty(batch_size, self.n_head, 0, *width)
-        m, s = self.gain.new_tensor(((1, 0), (0, 1))).expand(batch_size, self.n_head, 2, 2).unbind(2)
-        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial),
-                       empty(), m, s)
+        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial), empty())
 
     # -- what depends on the input alone
 
     def heads(self, x):
         """(B, T, n * C) -> (n, B, H, T, D), in the precision of the parameters, whatever autocast says."""
         x = x.unflatten(2, (-1, self.n_head, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return x.to(self.gain.dtype, memory_format=torch.contiguous_format)
+        return x.to(self.gain.dtype).contiguous()  # so that products of matrices need no copies
 
     def unit(self, x):
         """x at unit length, but for what is next to nothing: at first the first key of a text is exactly 0."""
@@ -347,7 +341,7 @@ class NeuralMemory(nn.Module):
             pre.append(inputs[-1] @ w.mT)  # (B, H, n, out)
             inputs.append(kernels.features(pre[-1]))
         d = 2 * (inputs[-1] @ weights[-1].mT - v)
-        if self.stable:
+        if self.limit < math.inf:
             d = d * (self.limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(self.limit))
         deltas = [d]
         for w, z in zip(weights[:0:-1], pre[::-1], strict=True):
@@ -360,7 +354,7 @@ class NeuralMemory(nn.Module):
         a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
         length), which keeps the whole step a contraction however alike the keys are.   (B, H, n)
         """
-        if not self.stable:
+        if self.limit == math.inf:
             return theta
         n, overlap = theta.size(-1), 0
         last = torch.linalg.vector_norm(pending.deltas[-1], dim=-1, keepdim=True).clamp_min(1e-6)
@@ -373,45 +367,38 @@ class NeuralMemory(nn.Module):
 
     # -- writing
 
-    def fold(self, state):
-        """M and S as the last token left them."""
-        def now(w):  # (B, H, 2+N)
-            return tuple(w[..., :1, None] * m + w[..., 1:2, None] * s - (d * w[..., 2:, None]).mT @ a
-                         for m, s, a, d in zip(state.weights, state.surprise, *state.pending[:2], strict=True))
-        return now(state.pending.in_m), now(state.pending.in_s)
-
-    def weights_now(self, state):
-        """M as the last token left it."""
-        return self.fold(state)[0] if state.pending.rate.size(-1) else state.weights
-
     def write(self, state, q, k, v, gates):
         """Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state"""
-        old, (theta, eta, alpha) = state.pending, gates
-        if k.size(2) == self.chunk_len:  # a whole chunk: the same in one piece
+        (theta, eta, alpha), n = gates, k.size(2)
+        if n == self.chunk_len:  # a whole chunk: the same in one piece
             y, *after = kernels.chunk(self.limit, q, k, v, *gates, *state.weights, *state.surprise)
-            return y, state._replace(weights=tuple(after[:len(after) // 2]), surprise=tuple(after[len(after) // 2:]))
-        inputs, deltas = self.surprise(state.weights, k, v)
-        new = Pending(inputs, deltas, theta / (1 - eta).clamp_min(1e-3), None, None)
-        if old.rate.size(-1):
-            new = Pending(*map_state(lambda *pair: torch.cat(pair, dim=2), old[:3], new[:3]), None, None)
-        step = self.step_size(theta, new)
-        # how M, S and the gradients of this chunk's tokens enter M_t and S_t, t one of the new ones
+            weights, surprise = tuple(after[:len(after) // 2]), tuple(after[len(after) // 2:])
+            return y, state._replace(weights=weights, surprise=surprise, begin=weights)
+        inputs, deltas = self.surprise(state.begin, k, v)
+        pending = Pending(inputs, deltas, theta / (1 - eta).clamp_min(1e-3))
+        if state.pending.rate.size(-1):
+            pending = map_state(lambda *pair: torch.cat(pair, dim=2), state.pending, pending)
+        step = self.step_size(theta, pending)
+        # how the M and S that the tokens found, and the tokens' gradients, enter each M_t and the last S
         sums = F.pad(kernels.log_products(torch.stack((1 - alpha, eta))), (1, 0))  # (2, B, H, n+1)
         keep, momentum = kernels.products(sums, theta.dtype)  # (B, H, n+1, n+1)
         mixed = keep[..., 1:, 1:] @ momentum[..., 1:, :]  # (B, H, n, n+1)
-        before = keep[..., 1:, :1] * old.in_m[..., None, :] + mixed[..., :1] * old.in_s[..., None, :]  # (B, H, n, 2+N before)
-        into_m = torch.cat((before, mixed[..., 1:] * step[..., None, :]), dim=-1)  # (B, H, n, 2+N)
-        beta, carry, coef = into_m[..., :1], into_m[..., 1:2], into_m[..., 2:]
-        y = q
-        for i, (m, s, a, d) in enumerate(zip(state.weights, state.surprise, *new[:2], strict=True)):
-            y = kernels.features(y) if i else y
-            y = beta * (y @ m.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
-        into_s = torch.cat((momentum[..., -1, :1] * old.in_s, momentum[..., -1, 1:] * step), dim=-1)
-        state = state._replace(pending=new._replace(in_m=into_m[..., -1, :], in_s=into_s))
-        if new.rate.size(-1) == self.chunk_len:
-            weights, surprise = self.fold(state)
-            state = state._replace(weights=weights, surprise=surprise, pending=self.no_pending(k.size(0)))
-        return y, state
+        beta, carry, coef = keep[..., 1:, :1], mixed[..., :1], mixed[..., 1:] * step[..., None, :]  # (B, H, n, 1), 1, n
+        into_s = momentum[..., -1, 1:] * step  # (B, H, n)
+        layers = list(zip(state.weights, state.surprise, inputs, deltas, strict=True))
+        weights = tuple(beta[..., -1:, :] * m + carry[..., -1:, :] * s - (d * coef[..., -1, :, None]).mT @ a
+                        for m, s, a, d in layers)
+        surprise = tuple(momentum[..., -1:, :1] * s - (d * into_s[..., None]).mT @ a for _, s, a, d in layers)
+        if n == 1:
+            y = self.read(weights, q)
+        else:
+            y = q
+            for i, (m, s, a, d) in enumerate(layers):
+                y = kernels.features(y) if i else y
+                y = beta * (y @ m.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
+        full = pending.rate.size(-1) == self.chunk_len
+        return y, state._replace(weights=weights, surprise=surprise, begin=weights if full else state.begin,
+                                 pending=self.no_pending(k.size(0)) if full else pending)
 
     def output(self, y, q, dtype):
         """
@@ -436,7 +423,7 @@ class NeuralMemory(nn.Module):
             (q, k), v = self.unit(qkv[:2]), qkv[2]  # (B, H, T, D)
             state = state._replace(tail=tail)
             if not update_memory:
-                return self.output(self.read(self.weights_now(state), q), q, x.dtype), state
+                return self.output(self.read(state.weights, q), q, x.dtype), state
             state = state._replace(written=state.written + torch.stack((gates[0], gates[2]), dim=-1).sum(2))
             sizes, out = pieces(state.pending.rate.size(-1), x.size(1), self.chunk_len), []
             # so far everything was done for the whole call at once; only this, chunk after chunk, has to wait for the last
@@ -448,7 +435,7 @@ class NeuralMemory(nn.Module):
     def retrieve(self, x, state):
         """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
         q, _ = self.query(x, state.tail[..., :x.size(2)])
-        return self.recall(q, self.weights_now(state), x.dtype)
+        return self.recall(q, state.weights, x.dtype)
 
     def recall(self, q, weights, dtype):
         """Read queries (B, H, T, D) from given weights. -> (B, T, C)"""
@@ -693,7 +680,7 @@ class MACBlock(Block):
         if first:
             k, v = (f.expand(x.size(0), -1, -1, -1) for f in first)
         if self.memory is not None:
-            state = state._replace(base=self.memory.weights_now(state.memory))
+            state = state._replace(base=state.memory.weights)
         if self.questions is not None:
             q, _ = self.memory.query(self.questions + self.c_last(state.last.to(x.dtype)), torch.zeros_like(state.tail))
             h = self.attn.kv(self.memory.recall(q, state.base, x.dtype), weights)
@@ -803,9 +790,10 @@ class TitansGPT(nn.Module):
 
     def compile_steps(self):
         """
-        torch.compile the step each block repeats: traced once for all blocks and lengths, where the whole model would be traced
-        with every segment written out. A minute on a CPU.
+        torch.compile the step each block repeats: traced once for all blocks, where the whole model would be traced with every
+        segment written out. A minute on a CPU; again for other shapes, such as another chunk_len, and without gradients.
         """
+        torch._dynamo.config.recompile_limit = 64  # beyond it PyTorch would go on uncompiled, without a word
         for block in self.blocks:
             block.compile_step()
 

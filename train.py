@@ -246,7 +246,7 @@ class Run:
             self.raw.compile_steps()
         if self.process.world > 1:
             self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
-        name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention under an explicit mask'
+        name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention'
         self.attention = f"{name}, {str(dtype).removeprefix('torch.')}"
 
     # -- checkpoints

@@ -32,7 +32,7 @@ def recall(pairs, **options):
             for k, v in zip(keys.split(CHUNK, dim=2), codes[which].split(CHUNK, dim=2), strict=True):
                 gates = [torch.full(k.shape[:3], start) for start in memory.start]   # theta, eta, alpha of each token
                 _, state = memory.write(state, k, k, v, gates)
-        read = memory.read(memory.weights_now(state), keys)            # (ROWS, 1, pairs, WIDTH)
+        read = memory.read(state.weights, keys)            # (ROWS, 1, pairs, WIDTH)
     right = (torch.cdist(read[:, 0], codes).argmin(-1) == which[:, 0]).float()
     return right.mean().item(), right[:, -16:].mean().item()
 

@@ -84,7 +84,7 @@ def test_chunk_is_its_tokens_one_by_one(depth, stable):
     for x in leaves:
         x.requires_grad_()
     tokens, weights, surprise = leaves[:6], tuple(leaves[6:6 + depth]), tuple(leaves[6 + depth:])
-    state = module.init_state(2)._replace(weights=weights, surprise=surprise)
+    state = module.init_state(2)._replace(weights=weights, surprise=surprise, begin=weights)
     y, *after = kernels.chunk(module.limit, *tokens, *state.weights, *state.surprise)
     reads = []
     for i in range(n):
@@ -96,3 +96,29 @@ def test_chunk_is_its_tokens_one_by_one(depth, stable):
     gradients = [torch.autograd.grad(xs, leaves, mix) for xs in (got, want)]
     for a, b in [*zip(got, want, strict=True), *zip(*gradients, strict=True)]:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1, b.abs().max().item()))
+
+
+def test_chunk_in_float32():
+    """
+    Gradients as in float64 to 1e-4 of the largest, also where gates come close to their ends; and the same to the bit with an
+    autocast around the backward.
+    """
+    torch.manual_seed(0)
+    B, H, D, n = 2, 2, 8, 32
+    module = NeuralMemory(TitansConfig(n_head=1, n_embd=H * D, memory_heads=H, memory_depth=2, chunk_len=n, segment_len=n))
+    q, k = (F.normalize(torch.randn(B, H, n, D), dim=-1) for _ in range(2))
+    theta, eta, alpha = torch.rand(3, B, H, n)
+    eta[..., 5], alpha[..., 9] = 1e-6, 1 - 1e-6
+    weights = [torch.randn(B, *w.shape) for w in module.initial]
+    inputs = [q, k, torch.randn(B, H, n, D), theta, eta, alpha, *weights, *(0.1 * torch.randn_like(w) for w in weights)]
+    found = []
+    for dtype in torch.float32, torch.float64:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        out = kernels.chunk(module.limit, *leaves)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in out), leaves, retain_graph=True))
+        if dtype == torch.float32:
+            with torch.autocast('cpu', torch.bfloat16):
+                again = torch.autograd.grad(out, leaves, [2 * x for x in out])
+            assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4 * b.abs().max().item())

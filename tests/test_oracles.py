@@ -30,7 +30,7 @@ def titans(M, q, k, v, theta, eta, alpha, chunk_len, calls=(T,)):
         for q_, k_, v_, *gates in zip(*(x.split(chunk_len, dim=2) for x in parts), strict=True):
             y, state = module.write(state, q_, k_, v_, gates)
             read.append(y)
-    return torch.cat(read, dim=2)[0, 0], module.weights_now(state)[0][0, 0]
+    return torch.cat(read, dim=2)[0, 0], state.weights[0][0, 0]
 
 
 def compare(got, read, M):

@@ -164,6 +164,24 @@ def test_a_checkpoint_from_before_an_option_is_of_its_default(data_dir, tmp_path
         checkpoint.same_model(content, dataclasses.replace(config, tie_weights=False), path)
 
 
+def test_a_checkpoint_of_the_format_before(data_dir, tmp_path):
+    """Its weights are read; its carried state is refused in one line; older ones are refused altogether."""
+    config = tiny(data_dir, out_dir=str(tmp_path), carry_state=True)
+    run = Run(config)
+    run.train_step()
+    run.save()
+    path = str(tmp_path / 'ckpt.pt')
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {'format': 2}, path)
+    checkpoint.build(checkpoint.load(path), path)
+    with pytest.raises(UserError, match='carry_state=False'):
+        Run(dataclasses.replace(config, init_from='resume'))
+    assert Run(dataclasses.replace(config, init_from='resume', carry_state=False)).step == 1
+    torch.save(content | {'format': 1}, path)
+    with pytest.raises(UserError, match='not a checkpoint of this version'):
+        checkpoint.load(path)
+
+
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
     """The same loss, another gradient: what a later span asks of M_0 and of earlier writes is cut off."""
     losses, grads = [], []
