@@ -11,6 +11,7 @@ A model is an architecture, -2 to -4 the depth of its memory, +compile to compil
 """
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import multiprocessing
@@ -224,8 +225,10 @@ def reset_peak(device):
     if device.type == 'cuda':
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
-        f.write('5')
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but was not given back yet
+        with open('/proc/self/clear_refs', 'w', encoding='ascii') as f:
+            f.write('5')
 
 
 def peak_bytes(device):
@@ -432,7 +435,7 @@ def main(argv):
             checkpoint.save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
     if any('tokens_per_s' in r for r in rows):
         path = os.path.join(config.out_dir, 'bench.png')
-        draw(rows, f"shape {config.shape}, {kind}, {about['threads']} threads", path)
+        draw(rows, f"shape {config.shape}, {kind}, threads: {about['threads']}", path)
         print(f"wrote {os.path.join(config.out_dir, 'bench.json')} and {path}")
     return 0
 

@@ -107,7 +107,7 @@ class rotate(torch.autograd.Function):
 
 @by_hand
 class causal_conv(torch.autograd.Function):
-    """Depthwise: x (B, K-1+T, C), weight (C, K) -> (B, T, C), y_t = sum_j weight_j x_(t+j): K products of the whole."""
+    """Depthwise: x (B, K-1+T, C), weight (C, K) -> (B, T, C), y_t = sum_j weight_j x_(t+j), in the precision of x."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -145,7 +145,7 @@ def feature_scale(z):
 
 
 def features_of(z):
-    """features, given HIDDEN z"""
+    """features, given HIDDEN z (..., D)"""
     z = F.gelu(z)
     return torch.add(z.new_full((), -GELU_MEAN * feature_scale(z)), z, alpha=feature_scale(z))
 

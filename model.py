@@ -305,7 +305,7 @@ class NeuralMemory(nn.Module):
         x = F.linear(x, weight)
         if conv is not None:
             T, x = x.size(1), torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, out)
-            x, tail = kernels.causal_conv(x, conv.squeeze(2).to(x.dtype)), x[:, T:]
+            x, tail = kernels.causal_conv(x, conv.squeeze(2).to(x.dtype)), x[:, T:].clone()  # a view would hold on to all of x
         return F.silu(x), tail
 
     def query(self, x, tail):
@@ -368,7 +368,10 @@ class NeuralMemory(nn.Module):
     # -- writing
 
     def write(self, state, q, k, v, gates):
-        """Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state"""
+        """
+        Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state
+        This is the rule as it can be read; kernels.chunk is the same for a whole chunk, and fast.
+        """
         (theta, eta, alpha), n = gates, k.size(2)
         if n == self.chunk_len:  # a whole chunk: the same in one piece
             y, *after = kernels.chunk(self.limit, q, k, v, *gates, *state.weights, *state.surprise)
@@ -389,7 +392,7 @@ class NeuralMemory(nn.Module):
         weights = tuple(beta[..., -1:, :] * m + carry[..., -1:, :] * s - (d * coef[..., -1, :, None]).mT @ a
                         for m, s, a, d in layers)
         surprise = tuple(momentum[..., -1:, :1] * s - (d * into_s[..., None]).mT @ a for _, s, a, d in layers)
-        if n == 1:
+        if n == 1:  # the memory it left is the one carried on
             y = self.read(weights, q)
         else:
             y = q
@@ -473,10 +476,11 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, D)
 
     def angles(self, x, length, at=slice(None)):
-        """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C)."""
+        """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C).   2 of (len(at), D)"""
         return [table[at] for table in rotary(length, x.size(2) // self.n_head, x.dtype, x.device)]
 
     def qkv(self, x, angles):
+        """x (B, T, C) -> q, k, v (B, n_head, T, D), the first two turned by angles, cos and sin (T, D)."""
         q, k, v = (self.split(part) for part in self.c_attn(x).chunk(3, dim=-1))
         return kernels.rotate(q, *angles), kernels.rotate(k, *angles), v
 
@@ -486,7 +490,7 @@ class Attention(nn.Module):
         return self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]
 
     def kv(self, x, weights, angles=None):
-        """Keys and values of tokens that ask nothing themselves (persistent, retrieved); no angles: all at position 0."""
+        """k, v (B, n_head, T, D) of tokens that ask nothing themselves (persistent, retrieved); no angles: at position 0."""
         k, v = (self.split(part) for part in F.linear(x, *weights).chunk(2, dim=-1))
         return k if angles is None else kernels.rotate(k, *angles), v
 
@@ -734,7 +738,7 @@ class MACBlock(Block):
                 state = state._replace(kv=KVCache(*(t[:, :, :0] for t in state.kv[:2]), state.kv.pos[:0]))
                 if self.questions is not None:
                     done = sum(t.size(1) for t in out)
-                    state = state._replace(last=u[:, done - 1:done])
+                    state = state._replace(last=u[:, done - 1:done].clone())
         return x + self.drop(torch.cat(out, dim=1)), state
 
 
