@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import platform
 import resource
 import statistics
@@ -355,15 +356,15 @@ def stream(config):
             if model.device.type == 'cuda':
                 torch.cuda.synchronize(model.device)
             rate, held = (mark - start) / (time.perf_counter() - began), peak_bytes(model.device)
-            states[name, mark] = state
+            states[name, mark] = pickle.dumps(state)  # its many small tensors would keep free memory from being given back
             if mark > 512:
                 say(f"prefill  to {brief(mark):<9} {name:<14} {rate:>9,.0f} tokens/s, {held / 1e6:,.0f} MB")
                 yield [{'what': 'prefill', 'model': name, 'from': start, 'to': mark, 'tokens_per_s': rate, 'peak': held}]
     times, length = {key: [] for key in states}, SHAPES[config.shape]['segment_len']
     for repeat in range(config.repeats + 1):
         for (name, mark), state in states.items():
-            model, began = models[name], time.perf_counter()
-            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model, state = models[name], pickle.loads(state)
+            token, began = torch.zeros(1, 1, dtype=torch.long, device=model.device), time.perf_counter()
             for _ in range(length):  # a whole segment: what is done once in one is in it once
                 with model.autocast:
                     logits, _, state = model.model(token, state=state)
