@@ -34,8 +34,9 @@ import checkpoint
 import configurator
 from configurator import UserError
 from model import TitansConfig, TitansGPT
+from parallel import pick_device, pick_dtype
 from plot import brief, pyplot
-from train import commit, pick_device, pick_dtype
+from train import commit
 
 SMALL = {'vocab_size': 256, 'segment_len': 64, 'window_len': 64}
 SHAPES = {'S': {**SMALL, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'memory_heads': 4},

@@ -1,38 +1,70 @@
 """
 A checkpoint is one file of tensors and plain types, loadable with weights_only=True, written whole or not at all:
 
-    format, step, best_val_loss, model_config, train_config, tokenizer, provenance (commit, data checksums),
-    model, and for resuming: optimizer, scaler, states (the carried state of each micro-batch)
+    format, step, best_val_loss, skips, model_config, train_config, tokenizer, provenance (commit, data checksums),
+    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None)
+
+Sharded ones, which FSDP writes, are sharded.py's.
 """
 import contextlib
 import dataclasses
 import json
 import os
+import re
+import shutil
+import zipfile
 
 import torch
 
 from configurator import UserError
-from model import TitansConfig, TitansGPT, map_state
+from model import BlockState, KVCache, MemoryState, Pending, TitansConfig, TitansGPT, TitansState, map_state
 
-FORMAT = 3  # 1: what was learned meant something else
-READABLE = (2, 3)  # 2: a carried state was made of other parts
+FORMAT = 4  # 1: what was learned meant something else
+READABLE = (2, 3, 4)  # 2, 3: a carried state was made of other parts
+STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState, Pending)}
 
 
-def save(path, content):
-    """Write beside, sync, rename: a kill or a full disk leaves the previous file. UserError if it cannot be written."""
+def save(path, content, copies=()):
+    """
+    Write beside, sync, rename, first for the other names in `copies`, which share its place on the disk: a kill or a full disk
+    leaves every file as it was or as it should be. UserError if it cannot be written.
+    """
     partial = path + '.partial'
     try:
         with open(partial, 'wb') as f:
             torch.save({'format': FORMAT, **content}, f)
             f.flush()
             os.fsync(f.fileno())
+        for copy in copies:
+            link(partial, copy)
         os.replace(partial, path)
+        sync_folder(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
         reason = getattr(error, 'strerror', None) or getattr(error.__context__, 'strerror', None) or error
         kept = "; the checkpoint before it is untouched" if os.path.exists(path) else ""
         raise UserError(f"cannot save {path}: {reason}".splitlines()[0] + kept) from None
+
+
+def link(path, copy):
+    """Another name for a file, in place of what had that name; a copy of it where the disk has no such thing."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(copy + '.partial')
+    try:
+        os.link(path, copy + '.partial')
+    except OSError:
+        shutil.copyfile(path, copy + '.partial')
+    os.replace(copy + '.partial', copy)
+
+
+def sync_folder(path):
+    """A rename lasts through a power failure once the folder is on the disk too."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_json(path, content, indent=None):
@@ -48,14 +80,73 @@ def save_json(path, content, indent=None):
 def load(path):
     """The content that save() wrote, on the CPU. UserError if the file is missing, damaged or not one of ours."""
     if not os.path.isfile(path):
+        folder = os.path.dirname(path) or '.'
+        if numbered(folder, folders=True):
+            raise UserError(f"{path}: only sharded checkpoints here; make it with: python sharded.py {folder}")
         raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums it has written
+            damaged = file.testzip()
+        content = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a readable checkpoint, truncated or not ours ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a readable checkpoint, truncated or not ours ({type(error).__name__})"
+                        f"{others(path)}") from None
+    if damaged:
+        raise UserError(f"{path}: damaged, {damaged} differs from its checksum{others(path)}")
     if not isinstance(content, dict) or content.get('format') not in READABLE:
         raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
     return content
+
+
+# -- those kept beside the last
+
+
+def name_at(out_dir, step):
+    return os.path.join(out_dir, f'ckpt-{step:08}')
+
+
+def numbered(out_dir, folders=False):
+    """{step: path} of the checkpoints in out_dir that have their step in their name: files, or folders of shards."""
+    end = '' if folders else r'\.pt'
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    found = {int(m[1]): os.path.join(out_dir, m[0]) for name in names if (m := re.fullmatch(r'ckpt-(\d+)' + end, name))}
+    return {step: found[step] for step in sorted(found) if os.path.isdir(found[step]) == folders}
+
+
+def prune(out_dir, step, keep_last, keep=(), folders=False):
+    """Leave the last `keep_last` up to `step` and those of `keep`. What is later is of a past that was given up."""
+    found = numbered(out_dir, folders)
+    last = [s for s in found if s <= step][-keep_last:] if keep_last else []
+    for s, path in found.items():
+        if s not in {*last, *keep}:
+            shutil.rmtree(path) if folders else os.remove(path)
+
+
+def others(path):
+    kept = list(numbered(os.path.dirname(path) or '.').values())
+    return f"; the one before it is {kept[-2]}: copy it to {path}" if len(kept) > 1 and path.endswith('ckpt.pt') else ''
+
+
+def sweep(out_dir):
+    """Remove what a killed run has left half-written."""
+    for name in os.listdir(out_dir):
+        if name.endswith('.partial'):
+            path = os.path.join(out_dir, name)
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
+
+
+def set_aside(out_dir):
+    """What a run before left, into out_dir/earlier/: a new run begins with nothing, and a mistake costs nothing."""
+    old = [name for name in os.listdir(out_dir) if re.fullmatch(r'ckpt(-\d+)?(\.pt)?|best\.pt', name)]
+    if old:
+        folder = os.path.join(out_dir, 'earlier')
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        for name in old:
+            os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+
+
+# -- what is in them
 
 
 def build(content, path, dropout=None):
@@ -64,7 +155,7 @@ def build(content, path, dropout=None):
         options = content['model_config'] | ({} if dropout is None else {'dropout': dropout})
         model = TitansGPT(TitansConfig(**options))
         model.load_state_dict(content['model'])
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: the weights do not fit the configuration beside them: "
                         f"{str(error).splitlines()[0]}") from None
     return model
@@ -83,13 +174,29 @@ def same_model(content, config, path):
 
 
 def pack_state(state):
-    """A TitansState as plain types: its position and its tensors in order."""
-    tensors = []
-    map_state(lambda x: tensors.append(x.detach().cpu().clone()) or x, state)
-    return {'pos': state.pos, 'tensors': tensors}
+    """A TitansState as plain types: dicts for its tuples with names, lists for those without."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, tuple):
+        items = [pack_state(x) for x in state]
+        return dict(zip(state._fields, items, strict=True)) if hasattr(state, '_fields') else items
+    return state
 
 
-def unpack_state(packed, like, device):
-    """The inverse of pack_state; `like` is any state of the same model, for its structure."""
-    tensors = iter(packed['tensors'])
-    return map_state(lambda _: next(tensors).to(device), like)._replace(pos=packed['pos'])
+def unpack_state(packed, device):
+    """The inverse of pack_state."""
+    if isinstance(packed, torch.Tensor):
+        return packed.to(device)
+    if isinstance(packed, dict):
+        return STATES[tuple(packed)](*(unpack_state(x, device) for x in packed.values()))
+    return tuple(unpack_state(x, device) for x in packed) if isinstance(packed, list) else packed
+
+
+def select_rows(state, rows):
+    """The rows of a state that the slice `rows` has; what has no rows, such as positions, is the same for all."""
+    return map_state(lambda x: x if x.dim() < 2 else x[rows].clone(), state)
+
+
+def join_rows(states):
+    """The rows of several states as one."""
+    return map_state(lambda *x: x[0] if x[0].dim() < 2 else torch.cat(x), *states)

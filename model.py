@@ -148,7 +148,7 @@ class MemoryState(NamedTuple):
     begin: tuple      # M when the open chunk began: where its surprise is measured   as weights
     pending: Pending
     tail: torch.Tensor   # the convolution's last inputs            (B, memory_conv - 1, 3C)
-    written: torch.Tensor  # theta and alpha summed over the tokens read   (B, H, 2)
+    written: torch.Tensor  # theta, eta and alpha summed over the tokens read   (B, H, 3)
 
 
 class KVCache(NamedTuple):
@@ -156,6 +156,7 @@ class KVCache(NamedTuple):
     k: torch.Tensor   # (B, n_head, S, C / n_head)
     v: torch.Tensor   # as k
     pos: torch.Tensor | None  # mac: where in its segment each key stands (S,); elsewhere they are the last S read
+    own: torch.Tensor | None = None  # which keys are of the text its row is in now (B, S); None: all
 
 
 class BlockState(NamedTuple):
@@ -185,6 +186,11 @@ def map_state(fn, *states):
 def detach_state(state):
     """The same state, cut from the graph that made it: the trainer's truncated back-propagation through time."""
     return map_state(torch.Tensor.detach, state)
+
+
+def where(rows, new, old):
+    """Of the states `new` for the rows (B,) that are True, of `old` for the others."""
+    return map_state(lambda a, b: torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b), new, old)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,10 +285,16 @@ class NeuralMemory(nn.Module):
 
     def init_state(self, batch_size):
         """A fresh memory: M_0, no surprise, nothing pending."""
-        weights = tuple(w.expand(batch_size, *w.shape) for w in self.initial)
+        weights = tuple(w.expand(batch_size, *w.shape).clone() for w in self.initial)  # FSDP frees what parameters lie in
         return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), weights, self.no_pending(batch_size),
                            self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features),
-                           self.gain.new_zeros(batch_size, self.n_head, 2))
+                           self.gain.new_zeros(batch_size, self.n_head, 3))
+
+    def restart(self, state, rows):
+        """The rows (B,) that are True begin afresh; what was ever written goes on being counted."""
+        if state.pending.rate.size(-1):
+            raise ValueError(f"a text can only begin where a chunk of chunk_len={self.chunk_len} tokens does")
+        return where(rows, self.init_state(rows.size(0)), state)._replace(written=state.written)
 
     def no_pending(self, batch_size):
         def empty(*width):
@@ -427,7 +439,7 @@ class NeuralMemory(nn.Module):
             state = state._replace(tail=tail)
             if not update_memory:
                 return self.output(self.read(state.weights, q), q, x.dtype), state
-            state = state._replace(written=state.written + torch.stack((gates[0], gates[2]), dim=-1).sum(2))
+            state = state._replace(written=state.written + torch.stack(gates, dim=-1).sum(2))
             sizes, out = pieces(state.pending.rate.size(-1), x.size(1), self.chunk_len), []
             # so far everything was done for the whole call at once; only this, chunk after chunk, has to wait for the last
             for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
@@ -495,7 +507,7 @@ class Attention(nn.Module):
         return k if angles is None else kernels.rotate(k, *angles), v
 
     def forward(self, q, k, v, mask=None):
-        """q (B, n_head, T, D) over k, v (B, n_head, S, D), those that mask (T, S) lets it see; None: all up to its own."""
+        """q (B, n_head, T, D) over k, v (B, n_head, S, D), those that mask (..., T, S) lets it see; None: all up to its own."""
         y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -511,14 +523,17 @@ class Attention(nn.Module):
         for q, k, v in zip(*(part.split(sizes, dim=2) for part in qkv), strict=True):
             n, past = q.size(2), cache.k.size(2)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+            own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
             old = max(past + n - window + 1, 0)  # out of sight for whatever comes next
-            cache, here = KVCache(k[:, :, old:], v[:, :, old:], None), (here + n) % window
+            cache = KVCache(k[:, :, old:], v[:, :, old:], None, None if own is None else own[:, old:])
+            here = (here + n) % window
             if here == 0:  # the next block: what was in the second window is now in the first
                 back = [-table if i else table for i, table in enumerate(self.angles(x, 2 * window, slice(window, window + 1)))]
                 cache = cache._replace(k=kernels.rotate(cache.k, *back))
             mask = None
             if past or first:
                 mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device), window)
+                mask = mask if own is None else mask & own[:, None, None]  # (B, 1, n, S)
             if first:
                 k, v = (torch.cat((f.expand(x.size(0), -1, -1, -1), x), dim=2) for f, x in zip(first, (k, v), strict=True))
                 mask = F.pad(mask, (first[0].size(2), 0), value=True)
@@ -567,6 +582,14 @@ class Block(nn.Module):
         return BlockState(None if self.attn is None else self.attn.empty_cache(batch_size),
                           None if self.memory is None else self.memory.init_state(batch_size))
 
+    def restart(self, state, rows):
+        """The rows (B,) that are True begin a text of their own: an empty memory, and no key read so far in sight."""
+        memory, kv = state.memory, state.kv
+        if kv is not None:
+            own = kv.k.new_ones(kv.k.size(0), kv.k.size(2), dtype=torch.bool) if kv.own is None else kv.own
+            kv = kv._replace(own=own & ~rows[:, None])
+        return state._replace(kv=kv, memory=None if memory is None else self.memory.restart(memory, rows))
+
     def attend(self, x, state, pos):
         """Sliding-window attention over x (B, T, C) and the persistent tokens. -> what it adds (B, T, C), state"""
         y, kv = self.attn.sliding(x, state.kv, pos, self.window, self.persist)
@@ -588,9 +611,21 @@ class Block(nn.Module):
     def feed(self, x):
         return x + self.drop(self.mlp(self.norm_2(x)))  # (B, T, C)
 
-    def forward(self, x, state, pos, update_memory):
-        x, state = self.mix(x, state, pos, update_memory)
-        return self.feed(x), state
+    def forward(self, x, state, pos, update_memory, begins=None):
+        """x (B, T, C) -> x, state. begins {t: rows (B,) that begin a text there}; state=None: all begin one."""
+        if state is None:  # here, where FSDP has M_0 together
+            state = self.init_state(x.size(0))
+        if not begins:
+            x, state = self.mix(x, state, pos, update_memory)
+            return self.feed(x), state
+        starts, out = sorted({0, *begins}), []
+        sizes = [b - a for a, b in itertools.pairwise([*starts, x.size(1)])]
+        for part, start in zip(x.split(sizes, dim=1), starts, strict=True):
+            if start in begins:
+                state = self.restart(state, begins[start])
+            y, state = self.mix(part, state, pos + start, update_memory)
+            out.append(y)
+        return self.feed(torch.cat(out, dim=1)), state
 
 
 class MAGBlock(Block):
@@ -674,6 +709,15 @@ class MACBlock(Block):
             return state
         tail, C = state.memory.tail, self.norm_1.weight.size(0)
         return state._replace(base=state.memory.weights, tail=tail[..., :C], last=tail.new_zeros(batch_size, 1, C))
+
+    def restart(self, state, rows):
+        if state.kv.pos.size(0):
+            raise ValueError(f"a text can only begin where a segment of segment_len={self.segment_len} tokens does")
+        if self.memory is None:
+            return state
+        fresh, memory = self.init_state(rows.size(0)), self.memory.restart(state.memory, rows)
+        tail, last = where(rows, (fresh.tail, fresh.last), (state.tail, state.last))
+        return state._replace(memory=memory, tail=tail, last=last)  # base is noted as the segment opens
 
     def open_segment(self, state, first, weights, x):
         """
@@ -804,20 +848,21 @@ class TitansGPT(nn.Module):
     def init_state(self, batch_size):
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))
 
-    def forward(self, idx, targets=None, state=None, update_memory=True, weights=None):
+    def forward(self, idx, targets=None, state=None, update_memory=True, weights=None, begins=None):
         """
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
         mean cross-entropy in nats; without: logits of the last position (B, 1, vocab) and None. weights (B, T), of mean 1
         over the data: how much each target counts.
         state=None starts afresh; the state returned goes on from here. update_memory=False freezes the long-term memory.
+        begins {t: rows (B,) bool}: the rows in which token t begins a new text. Nothing before it counts for them: an empty
+        memory, no key in sight. t is where a segment begins (mac) or a chunk (the others), else ValueError.
         """
-        if state is None:
-            state = self.init_state(idx.size(0))
+        pos, before = (0, [None] * len(self.blocks)) if state is None else state
         x, blocks = self.drop(self.wte(idx)), []
-        for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            x, block_state = block(x, block_state, state.pos, update_memory)
+        for block, block_state in zip(self.blocks, before, strict=True):
+            x, block_state = block(x, block_state, pos, update_memory, begins)
             blocks.append(block_state)
-        state = TitansState(state.pos + idx.size(1), tuple(blocks))
+        state = TitansState(pos + idx.size(1), tuple(blocks))
         x = self.norm_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None, state
@@ -828,9 +873,16 @@ class TitansGPT(nn.Module):
         return logits, loss if weights is None else (loss * weights.flatten()).mean(), state
 
     def written(self, state):
-        """What was written, and forgotten: theta and alpha summed over the tokens read, mean over rows, heads, blocks. (2,)"""
-        sums = [block.memory.written.mean((0, 1)) for block in state.blocks if block.memory is not None]
-        return torch.stack(sums).mean(0) if sums else self.wte.weight.new_zeros(2)
+        """theta, eta, alpha of each block with a memory, summed over the tokens read, mean over rows and heads. (blocks, 3)"""
+        return torch.stack([block.memory.written.mean((0, 1)) for block in state.blocks if block.memory is not None])
+
+    @torch.no_grad()
+    def norms(self, state):
+        """|M| and |S| of each block with a memory, all heads and layers together, mean over rows. (blocks, 2)"""
+        def norm(tensors):
+            return sum(x.float().square().flatten(1).sum(1) for x in tensors).sqrt().mean()
+        return torch.stack([torch.stack([norm(part) for part in block.memory[:2]]) for block in state.blocks
+                            if block.memory is not None])
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,

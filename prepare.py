@@ -5,20 +5,27 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py shakespeare_char     Tiny Shakespeare, characters
     python prepare.py shakespeare          Tiny Shakespeare, GPT-2 BPE                (extra: tiktoken)
     python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
+    python prepare.py fineweb_edu          FineWeb-Edu, GPT-2 BPE, 10 billion tokens; --subset=sample-100BT for more
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
     python prepare.py needle               needles in haystacks: training rows and an evaluation set, needs no network
     python prepare.py recall               pairs to be recalled three segments later, needs no network
 
---source=PATH takes a file already on disk instead of a download (shakespeare*), or another folder of Python (stdlib).
+--source=PATH takes what is already on disk instead of a download: a file (shakespeare*), a folder of .parquet or .jsonl files
+(openwebtext, fineweb_edu), another folder of Python (stdlib). Broken off, openwebtext and fineweb_edu go on from the last shard
+when asked again. --check holds a prepared data set against its checksums.
 """
 import collections
+import functools
 import hashlib
 import http.client
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import sysconfig
 import urllib.request
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +49,11 @@ class PrepareConfig:
     train_path: str = ''    # text: the training file
     val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
     tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word, or gpt2
-    num_proc: int = 0       # openwebtext: processes; 0 = one per core
+    check: bool = False     # only hold what is there against its checksums
+    num_proc: int = 0       # openwebtext, fineweb_edu: processes that encode; 0 = one per core
+    subset: str = 'sample-10BT'  # fineweb_edu: which configuration of it
+    documents: int = 0      # openwebtext, fineweb_edu: how many; 0 = all
+    shard_tokens: int = 100_000_000  # openwebtext, fineweb_edu: tokens of a file
     haystack: str = ''      # needle: a prepared data set or a file of text; '' = the Python language reference
     block_size: int = 256   # needle: tokens of a training row
     rows: int = 32768       # needle, recall: training rows, and a sixteenth as many for validation
@@ -118,7 +129,7 @@ def stdlib(config):
                    key=lambda p: p.relative_to(root).as_posix())
     if not paths:
         raise UserError(f"{root}: no Python source here; give a folder with --source=PATH")
-    with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'})) as writer:
+    with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'}), document_end=0) as writer:
         for path in tqdm(paths, desc='stdlib', unit='file'):
             name = path.relative_to(root).as_posix()
             split = 'val' if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else 'train'
@@ -207,36 +218,77 @@ def recall(config):
             writer.add(split, *recalls.recall_row(rng, int(rng.choice(recalls.PAIRS))))
 
 
+@functools.cache
+def bpe():
+    return Tokenizer({'kind': 'gpt2'})
+
+
 def encode_document(text):
-    tokenizer = Tokenizer({'kind': 'gpt2'})
-    return [*tokenizer.encode(text), tokenizer.bpe.eot_token]
+    tokenizer = bpe()
+    return np.array([*tokenizer.encode(text), tokenizer.bpe.eot_token], np.uint16)
 
 
 def openwebtext(config):
-    """Documents end with <|endoftext|>; one in 2,000 is for validation, as in nanoGPT."""
+    crawl('openwebtext', config, 8_013_769, 'Skylion007/openwebtext')
+
+
+def fineweb_edu(config):
+    total = 9_672_101 if config.subset == 'sample-10BT' else None
+    crawl('fineweb_edu', config, total, 'HuggingFaceFW/fineweb-edu', config.subset)
+
+
+def crawl(name, config, total, *where):
+    """
+    A corpus of the hub, streamed, encoded by many processes, in shards; documents end with <|endoftext|>. One in 2,000 is for
+    validation, as in nanoGPT.
+    """
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError:
-        raise UserError("openwebtext needs the datasets library: pip install 'nanotitans[datasets,tiktoken]'") from None
-    from multiprocessing import Pool
-    tokenizer = Tokenizer({'kind': 'gpt2'})
-    try:
-        stream = iter(load_dataset('Skylion007/openwebtext', split='train', streaming=True))
-        first = next(stream)
-    except Exception as error:  # the library passes on whatever hub and network raise
-        reason = f"{type(error).__name__}: {str(error) or 'no reason given'}".splitlines()[0]
-        raise UserError(f"openwebtext cannot be read from the hub ({reason}); check the network and the version of "
-                        "datasets") from None
-    stream = itertools.chain([first], stream)
-    with (Writer(config.data_dir, 'openwebtext', tokenizer) as writer, Pool(config.num_proc or None) as pool,
-          tqdm(desc='openwebtext', unit='doc', total=8013769) as bar):
-        while batch := [d['text'] for d in itertools.islice(stream, 8192)]:  # a pool would queue the whole corpus
-            for ids in pool.imap(encode_document, batch, chunksize=64):
-                writer.add('val' if bar.n % 2000 == 0 else 'train', ids)
-                bar.update()
+        raise UserError(f"{name} needs the datasets library: pip install 'nanotitans[datasets,tiktoken]'") from None
+    what = os.path.abspath(config.source) if config.source else ' '.join(where)
+    with Writer(config.data_dir, name, bpe(), document_end=bpe().bpe.eot_token, shard_tokens=config.shard_tokens) as writer:
+        began = writer.source or {'what': what, 'documents': 0, 'stream': None}
+        if began['what'] != what:
+            raise UserError(f"{writer.folder} was begun with {began['what']}; go on with that, or remove the folder")
+        done, most = began['documents'], config.documents or math.inf
+        try:
+            stream = open_stream(datasets, config.source, where)
+            if began['stream'] is not None:
+                stream.load_state_dict(began['stream'])
+                print(f"going on after document {done:,}")
+            documents = iter(stream)
+            with (ProcessPoolExecutor(config.num_proc or None, multiprocessing.get_context('spawn')) as pool,
+                  tqdm(desc=name, unit='doc', total=config.documents or total, initial=done) as bar):
+                # as much text at a time as keeps all processes busy: the pool alone would read ahead without end
+                while batch := [d['text'] for d in itertools.islice(documents, int(min(8192, most - done)))]:
+                    for ids in pool.map(encode_document, batch, chunksize=64):
+                        writer.add('val' if done % 2000 == 0 else 'train', ids)
+                        done += 1
+                        bar.update()
+                    if writer.full:
+                        writer.turn({'what': what, 'documents': done, 'stream': stream.state_dict()})
+        except UserError:
+            raise
+        except Exception as error:  # the library passes on whatever hub and network raise
+            reason = f"{type(error).__name__}: {str(error) or 'no reason given'}".splitlines()[0]
+            raise UserError(f"{name} broke off after {done:,} documents: {what} cannot be read ({reason}); the same command "
+                            "goes on from the last shard") from None
 
 
-CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, text, needle, recall)}
+def open_stream(datasets, source, where):
+    if not source:
+        return datasets.load_dataset(*where, split='train', streaming=True)
+    files = sorted(str(p) for p in Path(source).rglob('*') if p.name.endswith(('.parquet', '.jsonl', '.jsonl.gz')))
+    kinds = {'parquet' if f.endswith('.parquet') else 'json' for f in files}
+    if len(kinds) != 1:
+        raise UserError(f"source={source}: {'both kinds of' if kinds else 'no'} .parquet or .jsonl files there; give a folder "
+                        "that has one kind, each with a field 'text'")
+    return datasets.load_dataset(kinds.pop(), data_files=files, split='train', streaming=True)
+
+
+CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu, text, needle,
+                                     recall)}
 
 
 def main(argv):
@@ -245,12 +297,18 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
-    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'openwebtext': '', 'recall': ''}
+    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'recall': ''}
     if config.source and names[0] in instead:
         raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
-    for name, least in ('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW):
+    for name, least in (('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW), ('documents', 0),
+                        ('shard_tokens', 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.check:
+        data = Dataset(config.data_dir, names[0])
+        data.verify()
+        print(f"{data.folder}: {len(data.sha256)} files are as they were written")
+        return
     CORPORA[names[0]](config)
 
 

@@ -20,7 +20,7 @@ import checkpoint
 import configurator
 from configurator import UserError
 from dataset import Tokenizer
-from train import pick_device, pick_dtype
+from parallel import pick_device, pick_dtype
 
 
 @dataclass

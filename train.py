@@ -6,11 +6,10 @@ Train a model.
     torchrun --standalone --nproc_per_node=8 train.py config/openwebtext.py   # 8 GPUs
     python train.py config/stdlib_cpu.py --init_from=resume                # go on where it stopped, to the bit
 
---print_config shows what would run, --help every option. Ctrl-C saves and stops.
+--print_config shows what would run, --help every option. Ctrl-C, SIGTERM and SIGUSR1 save and stop. docs/multi-node.md has many
+machines, SLURM and preemption.
 """
-import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -23,14 +22,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import configurator
+import sharded
 from configurator import UserError
 from dataset import Dataset
 from model import TitansConfig, TitansGPT, detach_state, map_state, nearest
+from parallel import Process, leave, pick_dtype, placed_as, whole
 
 
 @dataclass
@@ -40,7 +39,9 @@ class TrainConfig(TitansConfig):
     out_dir: str = 'out'
     dataset: str = 'stdlib'
     data_dir: str = 'data'
-    init_from: Literal['scratch', 'resume'] = 'scratch'
+    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # auto: resume where there is a checkpoint
+    keep_last: int = 1              # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
+    keep_best: bool = True          # and best.pt, of the lowest validation loss
     # evaluation and logging
     eval_interval: int = 250
     eval_iters: int = 20            # batches of batch_size sequences a split
@@ -51,7 +52,8 @@ class TrainConfig(TitansConfig):
     wandb_run_name: str = ''        # '' = out_dir
     # data
     batch_size: int = 12            # sequences of a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches of a step, shared out to the processes
+    gradient_accumulation_steps: int = 1  # micro-batches of a step; all their rows are shared out to the processes
+    doc_reset: bool = False         # rows are cut at the ends of documents, and each document begins with a fresh memory
     # memory in training
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
     reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
@@ -72,8 +74,10 @@ class TrainConfig(TitansConfig):
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0          # 0 = none
+    max_skips: int = 20             # steps in a row that may be skipped because a number is not finite
     # machine
     device: str = 'auto'            # cuda, mps or cpu, whichever there is, in this order
+    parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # under torchrun; auto: ddp where half of a GPU holds model and AdamW
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
     compile: bool = False           # torch.compile the step that blocks repeat: a minute on a CPU before the first step
     seed: int = 1337
@@ -81,7 +85,8 @@ class TrainConfig(TitansConfig):
     def __post_init__(self):
         super().__post_init__()
         self.ignored = self.drop_unused()  # any config can be switched to any architecture
-        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'keep_last',
+                     'max_skips'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ('beta1', 'beta2'):
@@ -104,6 +109,16 @@ class TrainConfig(TitansConfig):
         if self.carry_state and self.block_size % unit:
             raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of {of}={unit}, so that "
                              f"rows can be reset there; block_size={nearest(self.block_size, unit)} is")
+        if self.doc_reset and self.block_size % self.text_unit():
+            raise ValueError(f"doc_reset=True needs block_size={self.block_size} to be a multiple of {self.text_unit()}, where "
+                             f"{self.arch} can begin a text; block_size={nearest(self.block_size, self.text_unit())} is")
+
+    def text_unit(self):
+        """Texts that begin at multiples of this many tokens are read as if they stood alone."""
+        if 'segment_len' not in self.unused():
+            return self.segment_len
+        windows = 1 if 'num_persist_mem' in self.unused() or not self.num_persist_mem else self.window_len
+        return math.lcm(max(self.chunk_len, self.max_chunk_len), windows)  # persistent tokens stand in front of windows
 
     def chunk_lens(self, most):
         """chunk_len, twice that, ..., up to most"""
@@ -128,56 +143,6 @@ class TrainConfig(TitansConfig):
 
     def model_config(self):
         return TitansConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TitansConfig)})
-
-
-class Process:
-    """This process among those torchrun started; alone it is rank 0 of 1."""
-
-    def __init__(self, config):
-        self.world, self.rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-        self.device = torch.device(pick_device(config.device))
-        if self.world > 1:
-            if config.gradient_accumulation_steps % self.world:
-                raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a multiple of "
-                                f"the {self.world} processes that share it out")
-            if self.device.type == 'cuda':
-                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
-        self.main = self.rank == 0
-
-    def mean(self, value):
-        """The mean over processes of a tensor in which each has the sum of its part, divided by their number."""
-        if self.world > 1:
-            dist.all_reduce(value)
-            value = value / self.world
-        return value
-
-    def any(self, flag):
-        """True for all as soon as it is true for one, so that all stop at the same step."""
-        if self.world == 1:
-            return flag
-        flag = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
-
-
-def pick_device(name):
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
-    kind, _, index = name.partition(':')
-    if kind not in there or (index and not index.isdecimal()):
-        raise UserError(f"device='{name}' must be auto, cuda, cuda:N, mps or cpu")
-    if not there[kind]():
-        raise UserError(f"device='{name}' is not there; --device=auto takes what is")
-    return name
-
-
-def pick_dtype(name, device):
-    if name == 'auto':
-        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, name)
 
 
 def get_lr(step, config):
@@ -208,13 +173,44 @@ def commit():
         return ''
 
 
+def finite(state):
+    found = []
+    map_state(lambda x: found.append(x.isfinite().all().item()) or x, state)
+    return all(found)
+
+
+class Signals:
+    """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask the run to save and stop, from its first moment on."""
+
+    def __init__(self):
+        self.name = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.come) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def come(self, number, frame):
+        if self.name:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # launchers send theirs more than once
+        self.name = signal.Signals(number).name
+        if os.environ.get('RANK', '0') == '0':  # os.write: the signal may have come in the middle of a print
+            again = '; once more stops at once, without saving' if number == signal.SIGINT else ''
+            os.write(2, f"{self.name}: stopping after this step{again}\n".encode())
+
+
 class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
-    def __init__(self, config):
-        self.config, self.process = config, Process(config)
+    def __init__(self, config, signals=None):
+        self.config, self.process = config, Process(config.device)
         self.device = self.process.device
-        self.data = Dataset(config.data_dir, config.dataset)
+        self.data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
         if 0 < config.vocab_size < self.data.vocab_size:
             raise UserError(f"vocab_size={config.vocab_size} is smaller than the {self.data.vocab_size} of data set "
                             f"'{config.dataset}'; leave it 0 to take the data set's")
@@ -226,93 +222,148 @@ class Run:
                             "where another stopped")
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         self.log_path = os.path.join(config.out_dir, 'log.jsonl')
-        self.step, self.best_val_loss, self.saved, self.skipped = 0, math.inf, None, 0
-        self.stop, self.wandb = None, None
-        self.micro_steps = config.gradient_accumulation_steps // self.process.world
-        self.states = [None] * self.micro_steps  # carried state, one a micro-batch of this process
+        self.step, self.best_val_loss, self.best_step, self.saved, self.wandb = 0, math.inf, None, None, None
+        self.skips, self.skips_in_a_row, self.signals = 0, 0, signals or Signals()
+        self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
+        self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
+        self.states = [None] * len(self.pieces)  # what their rows carry
 
         torch.manual_seed(config.seed)
         self.raw = TitansGPT(config.model_config()).to(self.device)  # before DDP, which renames its parameters
+        self.size = sum(p.numel() for p in self.raw.parameters())
+        dtype = pick_dtype(config.dtype, self.device)
+        self.parallel = self.process.choose(config.parallel, self.raw)
+        if self.parallel == 'fsdp':
+            if dtype == torch.float16:
+                raise UserError("dtype='float16' scales its gradients, which sharded ones are not made for; give "
+                                "--dtype=bfloat16 or float32, or --parallel=ddp")
+            self.process.shard(self.raw)
         fused = self.device.type == 'cuda'
         self.optimizer = torch.optim.AdamW(self.raw.parameter_groups(config.weight_decay), lr=config.learning_rate,
                                            betas=(config.beta1, config.beta2), fused=fused)
-        dtype = pick_dtype(config.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        if config.init_from == 'resume':
+        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun, after a process died
+        self.folders = checkpoint.numbered(config.out_dir, folders=True)
+        there = bool(self.folders) or os.path.exists(self.path)
+        self.resumed = config.init_from == 'resume' or ((config.init_from == 'auto' or restarted) and there)
+        if self.resumed:
             self.resume()
         self.model = self.raw
         if config.compile:
             self.raw.compile_steps()
-        if self.process.world > 1:
-            self.model = DistributedDataParallel(self.model, find_unused_parameters=not config.update_memory)
+        if self.parallel == 'ddp':
+            self.model = self.process.replicate(self.raw, unused=not config.update_memory)
+        self.saver = sharded.Saver(config.out_dir, self.process) if self.parallel == 'fsdp' else None
         name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention'
         self.attention = f"{name}, {str(dtype).removeprefix('torch.')}"
 
     # -- checkpoints
 
+    def parameters(self):
+        """The parameters in the order in which the optimizer numbers them."""
+        return [p for group in self.optimizer.param_groups for p in group['params']]
+
+    def newest(self):
+        """-> the content of the newest checkpoint and its path; of one in shards, only this process's parts of it."""
+        plain = checkpoint.load(self.path) if os.path.exists(self.path) or not self.folders else None
+        if not self.folders or (plain and plain['step'] >= max(self.folders)):
+            return plain, self.path
+        path, named, numbered = self.folders[max(self.folders)], dict(self.raw.named_parameters()), self.parameters()
+
+        def like(place):
+            _, kind, *rest = place.split('/')
+            if self.parallel != 'fsdp' or kind == 'state' or rest[-1] == 'step':
+                return None
+            return named[rest[0]] if kind == 'model' else numbered[int(rest[1])]
+        return sharded.load(path, like, slice(self.pieces[0].start, self.pieces[-1].stop), self.process), path
+
     def resume(self):
-        content = checkpoint.load(self.path)
-        checkpoint.same_model(content, self.config, self.path)
+        content, path = self.newest()
+        checkpoint.same_model(content, self.config, path)
         try:
-            self.raw.load_state_dict(content['model'])
+            model = self.raw.state_dict()
+            self.raw.load_state_dict({k: placed_as(model.get(k), v) for k, v in content['model'].items()})
             groups = [{k: g[k] for k in ('weight_decay', 'betas', 'fused')} for g in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(content['optimizer'])
+            moments = {i: {k: placed_as(p, v) for k, v in content['optimizer']['state'][i].items()}
+                       for i, p in enumerate(self.parameters()) if i in content['optimizer']['state']}
+            self.optimizer.load_state_dict(content['optimizer'] | {'state': moments})
             for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update(asked)  # what the command says now, not what it said then
             self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
-            packed, then = content['states'], content['train_config']
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: cannot resume from it: {str(error).splitlines()[0]}") from None
-        self.saved = self.step
-        if content['provenance']['data'] != self.data.sha256:
-            raise UserError(f"{self.path} was trained on other data than what {self.data.folder} holds now")
-        if packed and self.config.carry_state:
-            if content['format'] != checkpoint.FORMAT:
-                raise UserError(f"{self.path} carries a state of an older version; resume with carry_state=False")
-            names = ('batch_size', 'block_size', 'gradient_accumulation_steps', 'seed')  # these say which text a row reads
-            differ = [f"{n}={then[n]} there, {getattr(self.config, n)} asked for" for n in names
-                      if then[n] != getattr(self.config, n)]
-            if differ:
-                raise UserError(f"{self.path} carries the state of other rows: {', '.join(differ)}; give the values it was "
-                                "trained with, or carry_state=False")
-            like = self.raw.init_state(1)
-            self.states = [checkpoint.unpack_state(p, like, self.device)
-                           for p in packed[self.process.rank::self.process.world]]
+            self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
+            then, data = content['train_config'], content['provenance']['data']
+            state = content['state'] if content['format'] == checkpoint.FORMAT else content['states']
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot resume from it: {str(error).splitlines()[0]}") from None
+        self.saved = path, self.step
+        if data != self.data.sha256:
+            raise UserError(f"{path} was trained on other data than what {self.data.folder} holds now")
+        if state and self.config.carry_state:
+            self.resume_state(content, state, then, path)
+
+    def resume_state(self, content, state, then, path):
+        """Each row goes on with the state it had, on whichever process it now is."""
+        if content['format'] != checkpoint.FORMAT:
+            raise UserError(f"{path} carries a state of an older version; resume with carry_state=False")
+        names = {'block_size': (then['block_size'], self.config.block_size), 'seed': (then['seed'], self.config.seed),
+                 'batch_size x gradient_accumulation_steps': (then['batch_size'] * then['gradient_accumulation_steps'], self.rows),
+                 'doc_reset': (then.get('doc_reset', False), self.config.doc_reset)}  # these say which text a row reads
+        differ = [f"{n}={a} there, {b} asked for" for n, (a, b) in names.items() if a != b]
+        if differ:
+            raise UserError(f"{path} carries the state of other rows: {', '.join(differ)}; give the values it was "
+                            "trained with, or carry_state=False")
+        try:
+            state = checkpoint.unpack_state(state, self.device)
+            first = self.pieces[0].start if path != self.path else 0  # shards have given this process's rows alone
+            self.states = [checkpoint.select_rows(state, slice(p.start - first, p.stop - first)) if p.stop > p.start else None
+                           for p in self.pieces]
+        except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: cannot resume its carried state: {str(error).splitlines()[0]}") from None
 
     def save(self, best=False):
-        """ckpt.pt, and a copy as best.pt. Every process calls it, since each has its part of the carried state."""
-        packed = [checkpoint.pack_state(s) for s in self.states if s is not None]
-        if self.process.world > 1:
-            parts = [None] * self.process.world if self.process.main else None
-            dist.gather_object(packed, parts)
-            packed = [p for same in zip(*parts, strict=True) for p in same] if self.process.main else None
-        if not self.process.main:
-            return
-        config = dataclasses.asdict(self.config)
-        content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'tokenizer': self.data.tokenizer,
-                   'model_config': dataclasses.asdict(self.config.model_config()), 'train_config': config,
+        """
+        ckpt.pt, and best.pt; sharded, ckpt-STEP/, which goes on in the background. Every process calls it, since each has its
+        part of the carried state.
+        """
+        if best:
+            self.best_step = self.step
+        states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
+        content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
+                   'tokenizer': self.data.tokenizer, 'model_config': dataclasses.asdict(self.config.model_config()),
+                   'train_config': dataclasses.asdict(self.config),
                    'provenance': {'commit': commit(), 'dataset': self.config.dataset, 'data': self.data.sha256,
                                   'torch': str(torch.__version__)},
-                   'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                   'scaler': self.scaler.state_dict(), 'states': packed}
-        if best:  # first: once ckpt.pt says what the best loss is, best.pt must have it
-            checkpoint.save(os.path.join(self.config.out_dir, 'best.pt'), content)
-        checkpoint.save(self.path, content)
-        self.saved = self.step
+                   'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+        config, best_step = self.config, self.best_step if self.config.keep_best else None
+        if self.saver:
+            content['model'] = dict(self.raw.named_parameters(remove_duplicate=False))
+            self.finish_saving()
+            self.saver.begin(content, states, config.keep_last, best_step)
+            return
+        parts = self.process.gather([s for _, s in states])
+        if self.process.main:
+            packed = [checkpoint.unpack_state(s, 'cpu') for part in parts for s in part]
+            content['state'] = checkpoint.pack_state(checkpoint.join_rows(packed)) if packed else None
+            copies = [os.path.join(config.out_dir, 'best.pt')] if best and config.keep_best else []  # first: what ckpt.pt says
+            copies += [checkpoint.name_at(config.out_dir, self.step) + '.pt'] if config.keep_last > 1 else []  # must be there
+            checkpoint.save(self.path, content, copies)
+            checkpoint.prune(config.out_dir, self.step, config.keep_last if config.keep_last > 1 else 0)
+        self.saved = self.path, self.step
 
-    # -- batches; micro-batch m of a step has the same rows however many processes there are
+    def finish_saving(self):
+        if self.saver and (step := self.saver.finish()) is not None:
+            self.saved = checkpoint.name_at(self.config.out_dir, step), step
 
-    def batch(self, micro):
+    # -- batches; the rows of a step are the same however many processes share them
+
+    def batch(self, rows):
+        """The Batch of some rows of this step."""
         config = self.config
-        rows, m = config.batch_size * config.gradient_accumulation_steps, micro * self.process.world + self.process.rank
-        mine = slice(m * config.batch_size, (m + 1) * config.batch_size)
         if config.carry_state:
-            batch = self.data.contiguous('train', rows, config.block_size, self.step, config.seed, mine)
-        else:
-            batch = self.data.random('train', rows, config.block_size, [config.seed, 0, self.step], mine)
-        return [self.to_device(part) for part in batch], m
+            return self.data.contiguous('train', self.rows, config.block_size, self.step, config.seed, rows)
+        return self.data.random('train', self.rows, config.block_size, [config.seed, 0, self.step], rows)
 
     def to_device(self, array):
         if array is None:
@@ -322,28 +373,40 @@ class Run:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def start_state(self, micro, m):
-        """
-        The state micro-batch m goes on from: what it carried, the memory of rows drawn at random begun afresh (and M_0
-        trained). What a window still holds stays in sight.
-        """
-        fresh, old = self.raw.init_state(self.config.batch_size), self.states[micro]
-        if old is None:
-            return fresh
-        fresh = fresh._replace(blocks=tuple(f._replace(kv=o.kv) for f, o in zip(fresh.blocks, old.blocks, strict=True)))
-        draw = np.random.default_rng([self.config.seed, 2, self.step, m]).random(self.config.batch_size)
-        reset = self.to_device(draw < self.config.reset_prob)
+    def fresh_rows(self, rows):
+        """Which rows begin the step with a fresh memory, drawn at random."""
+        return np.random.default_rng([self.config.seed, 2, self.step]).random(self.rows)[rows] < self.config.reset_prob
 
-        def choose(new, old):  # positions have no rows and are the same for both
-            return old if old.dim() < 2 else torch.where(reset.view(-1, *[1] * (old.dim() - 1)), new, old)
-        return map_state(choose, fresh, old)._replace(pos=old.pos)
+    def spans(self, batch, fresh=None, cut=0):
+        """
+        A Batch in spans of at most `cut` tokens, on the device: x, y, weights, and {t: rows that begin a text there}. fresh:
+        rows that do so at the beginning, or None; with it every state knows which keys are of its text, be there one or none.
+        """
+        length, begins = batch.x.shape[1], {}
+        if batch.begins is not None:
+            begins = {t: batch.begins[:, t] for t in np.flatnonzero(batch.begins.any(0)).tolist()}
+        if fresh is not None:
+            begins[0] = begins.get(0, False) | fresh
+        for first in range(0, length, cut or length):
+            span = slice(first, first + (cut or length))
+            yield *(self.to_device(a if a is None else a[:, span]) for a in batch[:3]), {
+                t - first: self.to_device(rows) for t, rows in begins.items() if span.start <= t < span.stop}
+
+    def counting(self, batches):
+        """Batches whose documents leave gaps, weighted so that the step's loss is the mean over the targets there are."""
+        if not self.config.doc_reset:
+            return batches
+        count = sum(int((b.y >= 0).sum()) for b, rows in zip(batches, self.pieces, strict=True) if rows.stop > rows.start)
+        count = self.process.sum(torch.tensor(float(count), device=self.device)).item()
+        weight = self.rows * self.config.block_size / max(count, 1)
+        return [b._replace(weights=np.full(b.x.shape, weight, np.float32)) for b in batches]
 
     # -- the step
 
     def train_step(self):
         """
-        One update of the weights. -> mean loss, gradient norm, [mean theta, mean alpha]; UserError, the weights as they
-        were, if one of the first two is not finite.
+        One update of the weights, or none if a number is not finite. -> mean loss, gradient norm, {name: one value a memory};
+        UserError, the weights as they were, after max_skips such steps in a row.
         """
         config = self.config
         lr = get_lr(self.step, config)
@@ -353,52 +416,73 @@ class Run:
         torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
         lens = list(config.chunk_lens(config.max_chunk_len))
         self.raw.set_chunk_len(lens[np.random.default_rng([config.seed, 4, self.step]).integers(len(lens))])
-        cut = config.tbptt or config.block_size
-        total, written, states = torch.zeros((), device=self.device), torch.zeros(2, device=self.device), list(self.states)
-        price = torch.tensor((config.write_cost, config.forget_cost), device=self.device)
-        price = price if price.any() and self.step >= config.cost_from * config.max_iters else None
-        for micro in range(self.micro_steps):
-            parts, m = self.batch(micro)
-            state = self.start_state(micro, m) if config.carry_state else self.raw.init_state(config.batch_size)
-            spans = list(zip(*(p.split(cut, dim=1) if p is not None else itertools.repeat(None) for p in parts), strict=False))
-            for i, (x, y, weights) in enumerate(spans):
-                if self.process.world > 1:  # gradients meet once, at the last backward
-                    self.model.require_backward_grad_sync = micro == self.micro_steps - 1 and i == len(spans) - 1
-                before = self.raw.written(state)
+        with_memory = bool(config.memory_blocks())
+        total = torch.zeros((), device=self.device)
+        stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
+        price = torch.tensor((config.write_cost, 0.0, config.forget_cost), device=self.device)
+        price = price if with_memory and price.any() and self.step >= config.cost_from * config.max_iters else None
+        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # none: any one, and it will not count
+        batches, states = self.counting([self.batch(rows) for rows in pieces]), []
+        for micro, (rows, batch) in enumerate(zip(pieces, batches, strict=True)):
+            n, state = self.pieces[micro].stop - self.pieces[micro].start, self.states[micro]
+            spans = list(self.spans(batch, self.fresh_rows(rows) if config.carry_state else None, config.tbptt))
+            for i, (x, y, weights, begins) in enumerate(spans):
+                if self.parallel == 'ddp':  # gradients meet once, at the last backward
+                    self.model.require_backward_grad_sync = micro == len(self.pieces) - 1 and i == len(spans) - 1
+                before = self.raw.written(state).detach() if with_memory and state is not None else 0
                 with self.autocast:
-                    _, loss, state = self.model(x, y, state, config.update_memory, weights)
-                share = x.size(1) / config.block_size / self.micro_steps
+                    _, loss, state = self.model(x, y, state, config.update_memory, weights, begins)
+                # of the mean over all tokens; times the processes, since their gradients are averaged
+                share = x.size(1) / config.block_size * n / self.rows * self.process.world
                 loss = loss * share
-                wrote = (self.raw.written(state) - before) / x.size(1) * share  # mean theta and alpha of the step's tokens
-                if self.process.world > 1 and i:  # DDP wants every parameter in its last backward, M_0 was in the first
-                    loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
-                self.scaler.scale(loss if price is None else loss + wrote @ price).backward()
-                state = detach_state(state)
+                wrote = (self.raw.written(state) - before) / x.size(1) * share if with_memory else None
                 total += loss.detach()
-                written += wrote.detach()
-            states[micro] = state if config.carry_state else None
+                if with_memory:
+                    stats[:, :3] += wrote.detach()
+                if price is not None:
+                    loss = loss + wrote.mean(0) @ price
+                if self.parallel == 'ddp' and i:  # DDP wants every parameter in its last backward, M_0 was in the first
+                    loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
+                self.scaler.scale(loss).backward()
+                state = detach_state(state)
+            if with_memory:
+                stats[:, 3:] += self.raw.norms(state) * n / self.rows * self.process.world
+            states.append(state if config.carry_state and n else None)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf).item()
-        loss, *wrote = self.process.mean(torch.cat((total[None], written))).tolist()
-        if not self.finite(loss, norm):
-            raise UserError(self.gone_wrong(loss, norm))
-        self.scaler.step(self.optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf)).item()
+        loss, *stats = (self.process.sum(torch.cat((total[None], stats.flatten()))) / self.process.world).tolist()
+        memory = {name: stats[i::5] for i, name in enumerate(('theta', 'eta', 'alpha', 'weights', 'surprise'))} if stats else {}
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self.states, self.skips_in_a_row = states, 0
+        else:
+            self.skip(loss, norm, memory)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.states = states
         self.step += 1
-        return loss, norm, wrote
+        return loss, norm, memory
 
-    def finite(self, loss, norm):
-        """fp16's scaler skips a step with an infinite gradient by itself, part of its trade unless it goes on and on."""
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        return math.isfinite(loss) and (math.isfinite(norm) or (self.scaler.is_enabled() and self.skipped <= 20))
-
-    def gone_wrong(self, loss, norm):
+    def skip(self, loss, norm, memory):
+        """Count a step that came to nothing; rows whose memory is not finite begin afresh. UserError if it goes on and on."""
+        self.skips, self.skips_in_a_row = self.skips + 1, self.skips_in_a_row + 1
         what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
-        kept = "nothing was saved yet" if self.saved is None else f"{self.path} keeps the last good one, step {self.saved}"
-        return (f"the {what} became {value} at step {self.step}; {kept}; try a lower learning_rate or memory_lr, or "
-                "memory_stable=True")
+        self.states = [s if s is None or finite(s) else None for s in self.states]
+        if self.skips_in_a_row < self.config.max_skips:
+            self.say(f"step {self.step}: the {what} became {value}; skipped, {self.skips_in_a_row} in a row, {self.skips} in all")
+            return
+        raise UserError(self.gone_wrong(what, value, memory))
+
+    def gone_wrong(self, what, value, memory):
+        params = list(self.raw.named_parameters())
+        bad = {kind: [name for name, x in found if x is not None and not whole(x.detach()).isfinite().all()]
+               for kind, found in (('weights', params), ('gradients', [(name, p.grad) for name, p in params]))}
+        where = '; '.join(f"{kind} not finite in {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
+                          for kind, names in bad.items() if names)
+        blocks = '; '.join(f"block {b}: theta {t:.3g} eta {e:.3g} alpha {a:.3g} |M| {m:.3g} |S| {s:.3g}" for b, t, e, a, m, s in zip(
+            self.config.memory_blocks(), *memory.values(), strict=True)) if memory else 'no memory'
+        kept = "nothing was saved yet" if self.saved is None else f"{self.saved[0]} keeps the last good one, step {self.saved[1]}"
+        return (f"the {what} became {value} at step {self.step}, {self.skips_in_a_row} steps in a row; {kept}; try a lower "
+                f"learning_rate or memory_lr, or memory_stable=True. {where}. {blocks}")
 
     @torch.no_grad()
     def evaluate(self):
@@ -406,24 +490,30 @@ class Run:
         Mean loss over eval_iters batches a split, from a fresh memory each; with carry_state also of validation text read
         on and on ('val_stream'). The batches are the same in every evaluation of every run, whatever its seed.
         """
-        config, losses = self.config, {}
+        config, losses, world, rank = self.config, {}, self.process.world, self.process.rank
         self.raw.eval()
         self.raw.set_chunk_len(config.chunk_len)
         for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
-            total, state = torch.zeros((), device=self.device), None
-            for i in range(config.eval_iters):
-                if split == 'val_stream':
-                    batch = self.data.contiguous('val', config.batch_size, config.block_size, i, seed=1)
-                elif i % self.process.world != self.process.rank:
-                    continue
+            total, state = torch.zeros(2, dtype=torch.float64, device=self.device), None  # loss, and the targets it is of
+            # each process has every world-th batch or, of those that go on, some rows; all do as many steps
+            stream, mine = split == 'val_stream', slice(*(config.batch_size * r // world for r in (rank, rank + 1)))
+            for i in range(0, config.eval_iters, 1 if stream else world):
+                counts = mine.stop > mine.start if stream else i + rank < config.eval_iters
+                if stream:
+                    rows = mine if counts else slice(0, 1)
+                    batch = self.data.contiguous('val', config.batch_size, config.block_size, i, 1, rows)
                 else:
-                    batch = self.data.random(split, config.batch_size, config.block_size, [1, i])
-                x, y, weights = map(self.to_device, batch)
+                    batch = self.data.random(split, config.batch_size, config.block_size, [1, i + rank])
+                if config.doc_reset:
+                    batch = batch._replace(weights=np.ones(batch.x.shape, np.float32))
+                (x, y, weights, begins), = self.spans(batch)
                 with self.autocast:
-                    _, loss, after = self.raw(x, y, state, config.update_memory, weights)
-                state = after if split == 'val_stream' else None
-                total += loss * (1 if split == 'val_stream' else self.process.world)
-            losses[split] = self.process.mean(total / config.eval_iters).item()
+                    _, loss, after = self.raw(x, y, state, config.update_memory, weights, begins)
+                state = after if stream else None
+                if counts:
+                    total += torch.stack((loss.double() * y.numel(), (y >= 0).sum().double()))
+            total, count = self.process.sum(total).tolist()
+            losses[split] = total / max(count, 1)
         self.raw.train()
         return losses
 
@@ -452,8 +542,11 @@ class Run:
             return
         try:
             os.makedirs(config.out_dir, exist_ok=True)
+            checkpoint.sweep(config.out_dir)
+            if not self.resumed:
+                checkpoint.set_aside(config.out_dir)
             kept = []
-            if config.init_from == 'resume' and os.path.exists(self.log_path):
+            if self.resumed and os.path.exists(self.log_path):
                 with open(self.log_path, encoding='utf-8') as f:  # what came after the checkpoint will come again
                     kept = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= self.step]
             with open(self.log_path + '.partial', 'w', encoding='utf-8') as f:
@@ -477,15 +570,17 @@ class Run:
     def table(self):
         config = self.config
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        memories = [b.memory for b in self.raw.init_state(1).blocks if b.memory]
-        size = sum(w.numel() * w.element_size() for m in memories for w in (*m.weights, *m.surprise))
+        size = 2 * sum(w.numel() * w.element_size() for b in self.raw.blocks if b.memory is not None for w in b.memory.initial)
         heads = '' if 'n_head' in config.unused() else f"{config.n_head} heads, "
-        rows = [('parameters', f"{sum(p.numel() for p in self.raw.parameters()):,}  ({config.arch}, {config.n_layer} layers, "
+        rows = [('parameters', f"{self.size:,}  ({config.arch}, {config.n_layer} layers, "
                                f"{heads}{config.n_embd} wide)"),
                 ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
                 ('tokens a step', f"{tokens:,}  ({config.batch_size} x {config.block_size}"
-                                  f" x {config.gradient_accumulation_steps} micro-batches, {self.process.world} processes)"),
+                                  f" x {config.gradient_accumulation_steps})"),
                 ('device', f"{self.device}{', compiled' if config.compile else ''}"), ('attention', self.attention)]
+        if self.process.launched:
+            rows.append(('processes', f"{self.process.world}, {self.parallel}; {math.ceil(self.rows / self.process.world)} rows "
+                                      f"of a step each, in {len(self.pieces)} micro-batches"))
         if config.memory_blocks():
             alpha, eta = config.memory_decay, config.memory_momentum
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
@@ -507,19 +602,12 @@ class Run:
 
     # -- the run
 
-    def interrupt(self, number, frame):
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = signal.Signals(number).name
-        if self.process.main:  # os.write: the signal may have come in the middle of a print
-            os.write(2, f"{self.stop}: stopping after this step; once more stops at once, without saving\n".encode())
-
     def loop(self):
         config = self.config
-        resumed_at, since, steps = self.step if config.init_from == 'resume' else -1, time.time(), 0
-        tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        resume = f"python {' '.join(a for a in sys.argv if not a.startswith('--init_from'))} --init_from=resume"
-        speed = None
+        resumed_at, since, steps, speed = self.step if self.resumed else -1, time.time(), 0, None
+        tokens = self.rows * config.block_size
+        resume = f"{' '.join(a for a in sys.argv if not a.startswith('--init_from'))} --init_from=resume"
+        resume = f"{'torchrun ...' if self.process.launched else 'python'} {resume}"
         while True:
             last = self.step >= config.max_iters
             if (self.step % config.eval_interval == 0 and self.step != resumed_at) or last or config.eval_only:
@@ -532,54 +620,55 @@ class Run:
                 self.best_val_loss = min(self.best_val_loss, losses['val'])
                 self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
                          **{f"{k}_loss": v for k, v in losses.items()})
-                if self.step:
+                if self.step and not self.skips_in_a_row:
                     self.save(best)
                 since += time.time() - began
-            if self.process.any(self.stop is not None):
+            stop, busy = self.process.any(self.signals.name, self.saver is not None and self.saver.busy)
+            if stop:
                 self.save()
-                self.say(f"stopped by {self.stop} after step {self.step}, saved; go on with: {resume}")
-                return 130
+            if stop or last or not busy:
+                self.finish_saving()
+            if stop:
+                self.say(f"stopped by {self.signals.name or 'another process'} after step {self.step}, saved; go on with: {resume}")
+                return 130 if self.signals.name == 'SIGINT' else 0  # the other signals are a scheduler's, which takes this as done
             if last:
+                if self.saver and self.process.main:
+                    sharded.to_plain(config.out_dir)
                 return 0
-            loss, norm, (theta, alpha) = self.train_step()
+            loss, norm, memory = self.train_step()
             steps += 1
             if self.step % config.log_interval == 0:
                 spent = (time.time() - since) / steps
                 speed = spent if speed is None else 0.7 * speed + 0.3 * spent
-                gates = f"theta {theta:.4f} alpha {alpha:.6f} | " if config.memory_blocks() and config.update_memory else ""
-                self.log(f"loss {loss:.4f} | {gates}lr {get_lr(self.step - 1, config):.1e} | {tokens / spent:,.0f} tok/s | "
-                         f"{spent * 1000:.0f} ms/iter | {clock((config.max_iters - self.step) * speed)} left",
-                         loss=loss, theta=theta, alpha=alpha, lr=get_lr(self.step - 1, config), grad_norm=norm,
+                mean = {name: sum(values) / len(values) for name, values in memory.items()}
+                gates = "theta {theta:.4f} alpha {alpha:.6f} | ".format(**mean) if mean and config.update_memory else ""
+                skips = f"{self.skips} skipped | " if self.skips else ""
+                lr, left = get_lr(self.step - 1, config), clock((config.max_iters - self.step) * speed)
+                self.log(f"loss {loss:.4f} | {gates}{skips}lr {lr:.1e} | {tokens / spent:,.0f} tok/s | {spent * 1000:.0f} ms/iter"
+                         f" | {left} left", loss=loss, lr=lr, grad_norm=norm, skips=self.skips, memory=memory,
                          tokens_per_s=tokens / spent)
                 since, steps = time.time(), 0
 
 
 def train(config):
-    """Run a TrainConfig to its end. -> exit status: 0, or 130 after an interrupt (which saves)."""
-    run = Run(config)
-    run.open_logs()
-    run.table()
-    before = {s: signal.signal(s, run.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return run.loop()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if run.wandb:
-            run.wandb.finish()
-        if run.process.world > 1:
-            with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group()
+    """Run a TrainConfig to its end. -> exit status: 0, or 130 after Ctrl-C; a signal saves before it ends the run."""
+    with Signals() as signals:
+        run = Run(config, signals)
+        try:
+            run.open_logs()
+            run.table()
+            return run.loop()
+        finally:
+            if run.wandb:
+                run.wandb.finish()
 
 
 def main(argv):
-    status = train(configurator.load(TrainConfig, argv, __doc__))
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # gloo's threads outlive the group, and Python ending under them aborts
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    return train(configurator.load(TrainConfig, argv, __doc__))
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    try:
+        configurator.run(main)
+    except SystemExit as end:
+        leave(end.code)

@@ -223,8 +223,8 @@ def damage(name):
         (path / 'train.bin').write_bytes((path / 'train.bin').read_bytes()[:-5])
     elif name == 'missing':
         (path / 'val.bin').unlink()
-    elif name == 'beyond':
-        (path / 'train.bin').write_bytes(b'\xff' * (path / 'train.bin').stat().st_size)
+    elif name == 'flipped':
+        (path / 'train.bin').write_bytes(b'\x00' + (path / 'train.bin').read_bytes()[1:])
     elif name == 'meta':
         (path / 'meta.json').write_text('{"dtype":')
     else:
@@ -233,7 +233,7 @@ def damage(name):
 
 
 @pytest.mark.parametrize('name, words', [('truncated', 'bytes where meta.json says'), ('missing', 'is missing where'),
-                                         ('beyond', 'token id 255, beyond its vocabulary'), ('meta', 'meta.json is damaged'),
+                                         ('flipped', 'train.bin is damaged: its checksum differs'), ('meta', 'meta.json is damaged'),
                                          ('dtype', 'bytes where meta.json says')])
 def test_damaged_data_is_refused(place, name, words):
     damage(name)
@@ -343,7 +343,7 @@ def test_eval_only_leaves_the_log(trained, capsys):
 
 def test_resume_refuses_other_data_and_rows(place):
     assert train.main(['--dataset=text', *TINY, '--carry_state']) == 0
-    assert 'batch_size=2 there, 3 asked for' in refused(
+    assert 'batch_size x gradient_accumulation_steps=2 there, 3 asked for' in refused(
         train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume', '--batch_size=3')
     Path('b.txt').write_text(TEXT[::-1])
     prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])

@@ -92,8 +92,7 @@ def test_alone_in_pieces_and_retrieve(depth):
         out, state = module(piece, state)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
-    theta, _, alpha = module.gate(x)
-    torch.testing.assert_close(state.written, torch.stack((theta.sum(-1), alpha.sum(-1)), dim=-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state.written, torch.stack(module.gate(x), dim=-1).sum(2), rtol=1e-9, atol=1e-9)
     before = [x.clone() for x in (*state.weights, *state.surprise, state.tail, state.pending.rate)]
     more = torch.randn(B, 5, H * D, dtype=torch.float64)
     read = module.retrieve(more, state)

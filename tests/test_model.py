@@ -236,6 +236,35 @@ def test_frozen_memory_is_read_and_never_written(variant):
     assert not torch.allclose(fresh, carried)
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_text_that_begins_knows_nothing_of_the_one_before(variant):
+    """Rows in which texts begin here and there, read in two calls = every text alone: logits and gradients."""
+    persist = {'window_len': SEGMENT // 2} if variant == 'mag deep' else {}  # windows begin where texts do: TrainConfig.text_unit
+    model, idx = build(variant, **persist), tokens(3, 4 * SEGMENT + 3)
+    texts = {0: [0, SEGMENT], 1: [0, 2 * SEGMENT, 3 * SEGMENT], 2: [0]}
+    rows = {t: torch.tensor([t in texts[row] for row in texts]) for t in (SEGMENT, 2 * SEGMENT, 3 * SEGMENT)}
+    cut, state, together = SEGMENT + 3, None, []
+    for first, last in (0, cut), (cut, idx.size(1)):
+        part = idx[:, first:last]
+        logits, _, state = model(part, torch.zeros_like(part), state, begins={t - first: r for t, r in rows.items()
+                                                                              if first <= t < last})
+        together.append(logits)
+    together = torch.cat(together, dim=1)
+    alone = torch.cat([torch.cat([all_logits(model, idx[row:row + 1, a:b]) for a, b in itertools.pairwise([*at, idx.size(1)])],
+                                 dim=1) for row, at in texts.items()])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    weight = torch.randn(together.shape, dtype=together.dtype)
+    grads = [torch.autograd.grad((x * weight).sum(), list(model.parameters()), allow_unused=True) for x in (together, alone)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('variant, words', [('mac', 'segment_len=8'), ('mag', 'chunk_len=4')])
+def test_a_text_begins_only_where_it_can(variant, words):
+    with pytest.raises(ValueError, match=words):
+        build(variant)(tokens(2, 9), begins={3: torch.tensor([True, False])})
+
+
 def test_detach_state_cuts_the_graph_and_nothing_else():
     model, idx = build(), tokens(2, 11)
     state = model(idx)[2]

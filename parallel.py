@@ -1,0 +1,137 @@
+"""
+The machine a run is on: its device, its number type, and the processes that torchrun started.
+
+Processes share out the rows of the global batch, so that what a step learns from does not depend on how many there are.
+"""
+import itertools
+import math
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError
+
+BYTES_A_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
+
+
+def pick_device(name):
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
+    kind, _, index = name.partition(':')
+    if kind not in there or (index and not index.isdecimal()):
+        raise UserError(f"device='{name}' must be auto, cuda, cuda:N, mps or cpu")
+    if not there[kind]():
+        raise UserError(f"device='{name}' is not there; --device=auto takes what is")
+    return name
+
+
+def pick_dtype(name, device):
+    if name == 'auto':
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+class Process:
+    """This process among those torchrun started; without torchrun it is rank 0 of 1."""
+
+    def __init__(self, device):
+        self.world, self.rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+        self.launched, self.main = 'WORLD_SIZE' in os.environ, self.rank == 0
+        self.device = torch.device(pick_device(device))
+        if self.launched:
+            if self.device.type == 'cuda':
+                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
+
+    # -- the global batch
+
+    def share(self, rows, most):
+        """
+        The slices of `rows` rows that are this process's, each of at most `most` rows; every process has as many slices, since
+        sharded ones must step together, and of a batch that does not go up evenly some may be empty.
+        """
+        if rows < self.world:
+            raise UserError(f"{self.world} processes cannot share out {rows} rows, batch_size times "
+                            "gradient_accumulation_steps; raise one of them")
+        first, last = (rows * r // self.world for r in (self.rank, self.rank + 1))
+        n = math.ceil(math.ceil(rows / self.world) / most)
+        cuts = [first + (last - first) * i // n for i in range(n + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+    def sum(self, value):
+        """The sum of a tensor over the processes."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, *flags):
+        """For each flag whether it is true for any process, so that all do the same at the same step."""
+        return (self.sum(torch.tensor([float(bool(f)) for f in flags], device=self.device)) > 0).tolist()
+
+    def gather(self, value):
+        """What each process has, as a list at rank 0; None elsewhere."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.main else None
+        dist.gather_object(value, values)
+        return values
+
+    # -- the model
+
+    def choose(self, parallel, model):
+        """'none', 'ddp' or 'fsdp': auto shards what would take more than half of a GPU's memory before the first token."""
+        if not self.launched:
+            if parallel == 'fsdp':
+                raise UserError("parallel='fsdp' needs torchrun: torchrun --standalone --nproc_per_node=N train.py ...")
+            return 'none'
+        if parallel != 'auto':
+            return parallel
+        if self.device.type != 'cuda':
+            return 'ddp'
+        takes = BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
+        return 'fsdp' if takes > torch.cuda.get_device_properties(self.device).total_memory / 2 else 'ddp'
+
+    def shard(self, model):
+        """FSDP2: each block's parameters are together only while it runs. The parameters become DTensors, in place."""
+        warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing here writes in place
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def replicate(self, model, unused):
+        """DDP; unused: some parameters get no gradient."""
+        return DistributedDataParallel(model, find_unused_parameters=unused)
+
+
+def leave(status):
+    """
+    End this process. One of several does so at once: Python would take the process group apart under gloo's threads, which
+    aborts or, when they wait for Python themselves, never ends.
+    """
+    if 'WORLD_SIZE' in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def placed_as(like, tensor):
+    """A whole tensor, spread over the processes as `like` is, if it is."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor that may be spread over the processes, put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,223 @@
+"""
+Sharded checkpoints, which FSDP writes: out_dir/ckpt-STEP/, where each process has its part of the tensors in files of its own
+(torch.distributed.checkpoint), written while the training goes on, and content.pt, a checkpoint (checkpoint.py) with the place
+of each tensor instead of the tensor. They load into any number of processes.
+
+    python sharded.py out/fineweb_760m           # make ckpt.pt, one file, of the newest; and best.pt, if its shards were kept
+    python sharded.py out/fineweb_760m 4000      # of the one of step 4000
+"""
+import contextlib
+import io
+import os
+import pickle
+import shutil
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import checkpoint
+import configurator
+from configurator import UserError
+
+PLAIN = {('torch', 'Size'), ('torch.serialization', '_get_layout'), ('torch.distributed.checkpoint.filesystem', '_StorageInfo'),
+         *(('torch.distributed.checkpoint.metadata', name) for name in (
+             'Metadata', 'TensorStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', 'MetadataIndex', 'StorageMeta',
+             '_MEM_FORMAT_ENCODING'))}
+
+
+class Unpickler(pickle.Unpickler):
+    """For the pickled index of the shards: names the few classes it is made of and no other."""
+
+    def find_class(self, module, name):
+        if (module, name) == ('pathlib', 'PosixPath'):  # where it was written
+            return os.path.join
+        if (module, name) in PLAIN or (module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+class Reader(dcp.FileSystemReader):
+    """PyTorch's reader, but for an index that may come from anyone."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, '.metadata'), 'rb') as f:
+            metadata = Unpickler(io.BytesIO(f.read())).load()
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise pickle.UnpicklingError("something else than tensors")
+        metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+def take_out(content, at, tensors):
+    """content with {'tensor': place} for each of its tensors, which go into `tensors` under their place."""
+    if isinstance(content, torch.Tensor):
+        place = next((p for p, t in tensors.items() if t is content), at)  # tied weights have one place
+        tensors[place] = content
+        return {'tensor': place}
+    if isinstance(content, dict):
+        return {k: take_out(v, f'{at}/{k}', tensors) for k, v in content.items()}
+    return [take_out(v, f'{at}/{i}', tensors) for i, v in enumerate(content)] if isinstance(content, list) else content
+
+
+def put_back(content, tensors):
+    if isinstance(content, dict):
+        if set(content) == {'tensor'}:
+            return tensors[content['tensor']]
+        return {k: put_back(v, tensors) for k, v in content.items()}
+    return [put_back(v, tensors) for v in content] if isinstance(content, list) else content
+
+
+def checksum(path):
+    sum = 0
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 22):
+            sum = zlib.crc32(block, sum)
+    return os.path.getsize(path), sum
+
+
+class Saver:
+    """Saves in the background, one checkpoint at a time. Every process calls each method at the same step."""
+
+    def __init__(self, out_dir, process):
+        self.out_dir, self.process, self.future = out_dir, process, None
+        self.group = dist.new_group(backend='gloo')  # of its own: the training goes on beside it
+
+    def begin(self, content, states, keep_last, best):
+        """
+        Copy what has to be saved; the rest goes on in the background. states: [(slice of rows, packed state)] of this process;
+        best: the step that prune() is to spare, or None.
+        """
+        self.finish()
+        tensors = {}
+        self.content = take_out({k: v for k, v in content.items() if k != 'state'}, '', tensors)
+        pieces = [(rows.start, rows.stop, take_out(state, f'/state/{rows.start}', tensors)) for rows, state in states]
+        parts = self.process.gather(pieces)
+        self.content['state'] = [list(piece) for part in parts for piece in part] if parts else None
+        self.keep = keep_last, {best}
+        self.path = checkpoint.name_at(self.out_dir, content['step'])
+        if self.process.main:
+            shutil.rmtree(self.path + '.partial', ignore_errors=True)
+        dist.barrier(self.group)
+        writer = dcp.FileSystemWriter(self.path + '.partial')
+        self.future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+
+    @property
+    def busy(self):
+        return self.future is not None and not self.future.done()
+
+    def finish(self):
+        """Wait for what is under way, and give it its name. -> its step, or None. UserError if it could not be written."""
+        if self.future is None:
+            return None
+        future, self.future, partial = self.future, None, self.path + '.partial'
+        files, problem = {}, None
+        try:
+            future.result()
+            mine = [name for name in os.listdir(partial) if name.startswith(f'__{self.process.rank}_')]
+            files = {name: checksum(os.path.join(partial, name)) for name in mine + ['.metadata'] * self.process.main}
+        except Exception as error:  # the library wraps whatever any process met
+            causes = [error, *getattr(error, 'failures', {}).values()]
+            told = [c[0] if isinstance(c, tuple) else c for c in causes]
+            problem = next((e.strerror for e in told if isinstance(e, OSError) and e.strerror), str(told[-1]).splitlines()[0])
+        parts = self.process.gather((files, problem))
+        step = self.content['step']
+        if self.process.main:
+            problem = next((p for _, p in parts if p), None)
+            try:
+                if problem is None:
+                    self.content['files'] = {name: sums for part, _ in parts for name, sums in part.items()}
+                    checkpoint.save(os.path.join(partial, 'content.pt'), self.content)
+                    shutil.rmtree(self.path, ignore_errors=True)
+                    os.replace(partial, self.path)
+                    checkpoint.sync_folder(self.path)
+                    checkpoint.prune(self.out_dir, step, *self.keep, folders=True)
+            except (OSError, UserError) as error:
+                problem = getattr(error, 'strerror', None) or str(error)
+            if problem:
+                shutil.rmtree(partial, ignore_errors=True)
+        failed, = self.process.any(problem is not None)
+        if failed:
+            raise UserError(f"cannot save {self.path}: {problem or 'another process could not'}; the checkpoint before it is "
+                            "untouched")
+        return step
+
+
+def load(folder, like=lambda place: None, rows=slice(None), process=None):
+    """
+    The content of a sharded checkpoint, as checkpoint.load gives it, its carried state of `rows` only. Tensors are spread over
+    the processes as like(place) is, or whole where that is None; process: all of them load together. UserError if it is damaged.
+    """
+    content = checkpoint.load(os.path.join(folder, 'content.pt'))
+    rank, world = (process.rank, process.world) if process else (0, 1)
+    try:
+        names = sorted(content['files'])
+        damaged = [name for name in names[rank::world]
+                   if checksum(os.path.join(folder, os.path.basename(name))) != tuple(content['files'][name])]
+        if damaged or (process and process.any(damaged)[0]):
+            raise UserError(f"{folder}: damaged, {damaged[0] if damaged else 'one of its files'} differs from its checksum")
+        pieces = []
+        for first, last, state in content['state'] or []:
+            a, b = max(first, rows.start or 0), min(last, last if rows.stop is None else rows.stop)
+            if a < b:
+                pieces.append((slice(a - first, b - first), state))
+        content['state'] = [state for _, state in pieces]
+        reader, tensors = Reader(folder), {}
+        index, wanted = reader.read_metadata().state_dict_metadata, {}
+        take_places(content, wanted)
+        for place in wanted:
+            template = like(place)
+            entry = index[place]
+            tensors[place] = (torch.empty(entry.size, dtype=entry.properties.dtype) if template is None
+                              else torch.zeros_like(template, dtype=entry.properties.dtype))
+        with contextlib.redirect_stderr(io.StringIO()):
+            dcp.load(tensors, storage_reader=reader, no_dist=process is None or not process.launched)
+        content = put_back(content, tensors)
+        states = [checkpoint.select_rows(checkpoint.unpack_state(state, 'cpu'), rows)
+                  for state, (rows, _) in zip(content['state'], pieces, strict=True)]
+        content['state'] = checkpoint.pack_state(checkpoint.join_rows(states)) if states else None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{folder}: not a readable checkpoint, incomplete or not ours ({type(error).__name__})") from None
+    return content
+
+
+def take_places(content, places):
+    """All {'tensor': place} of content, into the dict `places`."""
+    if isinstance(content, dict) and set(content) == {'tensor'}:
+        places[content['tensor']] = None
+    elif isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            take_places(value, places)
+
+
+def main(argv):
+    if {'-h', '--help'} & set(argv) or not 1 <= len(argv) <= 2 or not all(a.isdecimal() for a in argv[1:]):
+        print(__doc__.strip())
+        return 0 if {'-h', '--help'} & set(argv) else 1
+    out_dir, found = argv[0], checkpoint.numbered(argv[0], folders=True)
+    step = int(argv[1]) if len(argv) == 2 else max(found, default=None)
+    if step not in found:
+        raise UserError(f"{out_dir}: no sharded checkpoint{f' of step {step}' if len(argv) == 2 else ''} here"
+                        + (f"; there are {', '.join(map(str, found))}" if found else ""))
+    to_plain(out_dir, step)
+    return 0
+
+
+def to_plain(out_dir, step=None):
+    """Write ckpt.pt from the shards of a step, or the last; and best.pt, if those of the best step are there too."""
+    found = checkpoint.numbered(out_dir, folders=True)
+    step = max(found) if step is None else step
+    content = load(found[step])
+    checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), content)
+    print(f"{out_dir}/ckpt.pt is step {step}")
+    if (best := content['best_step']) in found:
+        checkpoint.save(os.path.join(out_dir, 'best.pt'), load(found[best]))
+        print(f"{out_dir}/best.pt is step {best}")
+
+
+if __name__ == '__main__':
+    configurator.run(main)
