@@ -6,7 +6,9 @@ Processes share out the rows of the global batch, so that what a step learns fro
 import itertools
 import math
 import os
+import re
 import sys
+import traceback
 import warnings
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import configurator
 from configurator import UserError
 
 BYTES_A_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
@@ -50,7 +53,21 @@ class Process:
             if self.device.type == 'cuda':
                 self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo', store=self.store(),
+                                    world_size=self.world, rank=self.rank)
+
+    def store(self):
+        """
+        Where the processes meet; None: where PyTorch would have them. After a restart the store that torchrun shares with them
+        still has the addresses of the dead (pytorch/pytorch issue 135712); on one node all know which restart it is.
+        """
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or os.environ['TORCHELASTIC_MAX_RESTARTS'] == '0':
+            return None
+        if os.environ['GROUP_WORLD_SIZE'] != '1':
+            raise UserError("restarts over several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
+                            "export it, or give --max-restarts=0")
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), self.world, is_master=False)
+        return dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
     # -- the global batch
 
@@ -113,16 +130,29 @@ class Process:
         return DistributedDataParallel(model, find_unused_parameters=unused)
 
 
-def leave(status):
+def run(main):
     """
-    End this process. One of several does so at once: Python would take the process group apart under gloo's threads, which
-    aborts or, when they wait for Python themselves, never ends.
+    configurator.run for a script that torchrun may have started. One process of several ends at once: Python would take the
+    process group apart under gloo's threads, which aborts or, when they wait for Python themselves, never ends.
     """
-    if 'WORLD_SIZE' in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    if 'WORLD_SIZE' not in os.environ:
+        configurator.run(main)
+    status = 1
+    try:
+        configurator.run(main)
+    except SystemExit as end:
+        status = end.code
+    except RuntimeError as error:
+        if not re.search('gloo|NCCL|Connection (closed|reset)', str(error)):
+            traceback.print_exc()
+        else:
+            print(f"{os.path.basename(sys.argv[0])}: rank {os.environ['RANK']} lost another process: "
+                  f"{str(error).splitlines()[0]}", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def placed_as(like, tensor):

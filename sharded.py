@@ -6,11 +6,11 @@ of each tensor instead of the tensor. They load into any number of processes.
     python sharded.py out/fineweb_760m           # make ckpt.pt, one file, of the newest; and best.pt, if its shards were kept
     python sharded.py out/fineweb_760m 4000      # of the one of step 4000
 """
-import contextlib
 import io
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 
 import torch
@@ -172,7 +172,7 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
             entry = index[place]
             tensors[place] = (torch.empty(entry.size, dtype=entry.properties.dtype) if template is None
                               else torch.zeros_like(template, dtype=entry.properties.dtype))
-        with contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(action='ignore'):  # that one process loads alone
             dcp.load(tensors, storage_reader=reader, no_dist=process is None or not process.launched)
         content = put_back(content, tensors)
         states = [checkpoint.select_rows(checkpoint.unpack_state(state, 'cpu'), rows)

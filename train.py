@@ -29,7 +29,7 @@ import sharded
 from configurator import UserError
 from dataset import Dataset
 from model import TitansConfig, TitansGPT, detach_state, map_state, nearest
-from parallel import Process, leave, pick_dtype, placed_as, whole
+from parallel import Process, pick_dtype, placed_as, run, whole
 
 
 @dataclass
@@ -180,7 +180,7 @@ def finite(state):
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask the run to save and stop, from its first moment on."""
+    """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask the run to save and stop."""
 
     def __init__(self):
         self.name = None
@@ -207,7 +207,7 @@ class Signals:
 class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
-    def __init__(self, config, signals=None):
+    def __init__(self, config):
         self.config, self.process = config, Process(config.device)
         self.device = self.process.device
         self.data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
@@ -223,7 +223,7 @@ class Run:
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         self.log_path = os.path.join(config.out_dir, 'log.jsonl')
         self.step, self.best_val_loss, self.best_step, self.saved, self.wandb = 0, math.inf, None, None, None
-        self.skips, self.skips_in_a_row, self.signals = 0, 0, signals or Signals()
+        self.skips, self.skips_in_a_row, self.signals = 0, 0, Signals()
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
         self.states = [None] * len(self.pieces)  # what their rows carry
@@ -652,15 +652,15 @@ class Run:
 
 def train(config):
     """Run a TrainConfig to its end. -> exit status: 0, or 130 after Ctrl-C; a signal saves before it ends the run."""
-    with Signals() as signals:
-        run = Run(config, signals)
-        try:
-            run.open_logs()
-            run.table()
-            return run.loop()
-        finally:
-            if run.wandb:
-                run.wandb.finish()
+    this = Run(config)
+    try:
+        with this.signals:
+            this.open_logs()
+            this.table()
+            return this.loop()
+    finally:
+        if this.wandb:
+            this.wandb.finish()
 
 
 def main(argv):
@@ -668,7 +668,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        configurator.run(main)
-    except SystemExit as end:
-        leave(end.code)
+    run(main)
