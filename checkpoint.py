@@ -42,9 +42,18 @@ def save(path, content, copies=()):
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
-        reason = getattr(error, 'strerror', None) or getattr(error.__context__, 'strerror', None) or error
         kept = "; the checkpoint before it is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot save {path}: {reason}".splitlines()[0] + kept) from None
+        raise UserError(f"cannot save {path}: {reason(error)}{kept}") from None
+
+
+def reason(*errors):
+    """What the system said, if any of the errors or of those behind them goes back to it; else what the last one says."""
+    for error in errors:
+        while error is not None:
+            if getattr(error, 'strerror', None):
+                return error.strerror
+            error = error.__cause__ or error.__context__
+    return str(errors[-1]).splitlines()[0]
 
 
 def link(path, copy):

@@ -118,10 +118,8 @@ class Saver:
             future.result()
             mine = [name for name in os.listdir(partial) if name.startswith(f'__{self.process.rank}_')]
             files = {name: checksum(os.path.join(partial, name)) for name in mine + ['.metadata'] * self.process.main}
-        except Exception as error:  # the library wraps whatever any process met
-            causes = [error, *getattr(error, 'failures', {}).values()]
-            told = [c[0] if isinstance(c, tuple) else c for c in causes]
-            problem = next((e.strerror for e in told if isinstance(e, OSError) and e.strerror), str(told[-1]).splitlines()[0])
+        except (Exception, dcp.CheckpointException) as error:  # the second, no Exception, wraps whatever any process met
+            problem = checkpoint.reason(*(failure[0] for failure in getattr(error, 'failures', {}).values()), error)
         parts = self.process.gather((files, problem))
         step = self.content['step']
         if self.process.main:
@@ -135,7 +133,7 @@ class Saver:
                     checkpoint.sync_folder(self.path)
                     checkpoint.prune(self.out_dir, step, *self.keep, folders=True)
             except (OSError, UserError) as error:
-                problem = getattr(error, 'strerror', None) or str(error)
+                problem = checkpoint.reason(error)
             if problem:
                 shutil.rmtree(partial, ignore_errors=True)
         failed, = self.process.any(problem is not None)
@@ -211,12 +209,13 @@ def to_plain(out_dir, step=None):
     """Write ckpt.pt from the shards of a step, or the last; and best.pt, if those of the best step are there too."""
     found = checkpoint.numbered(out_dir, folders=True)
     step = max(found) if step is None else step
-    content = load(found[step])
-    checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), content)
+    content, best = load(found[step]), os.path.join(out_dir, 'best.pt')
+    checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), content, [best] if content['best_step'] == step else [])
     print(f"{out_dir}/ckpt.pt is step {step}")
-    if (best := content['best_step']) in found:
-        checkpoint.save(os.path.join(out_dir, 'best.pt'), load(found[best]))
-        print(f"{out_dir}/best.pt is step {best}")
+    if content['best_step'] in found:
+        if content['best_step'] != step:
+            checkpoint.save(best, load(found[content['best_step']]))
+        print(f"{best} is step {content['best_step']}")
 
 
 if __name__ == '__main__':
