@@ -104,6 +104,11 @@ def load(path):
         raise UserError(f"{path}: damaged, {damaged} differs from its checksum{others(path)}")
     if not isinstance(content, dict) or content.get('format') not in READABLE:
         raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
+    kinds = {'step': int, 'best_val_loss': float, 'model_config': dict, 'train_config': dict, 'tokenizer': dict,
+             'provenance': dict, 'model': dict, 'optimizer': dict}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind) or isinstance(content[key], bool):
+            raise UserError(f"{path}: not a readable checkpoint: its {key} is no {kind.__name__} but {content.get(key)!r:.40}")
     return content
 
 
@@ -161,12 +166,17 @@ def set_aside(out_dir):
 def build(content, path, dropout=None):
     """The model of a checkpoint. UserError if its weights do not fit its own configuration."""
     try:
-        options = content['model_config'] | ({} if dropout is None else {'dropout': dropout})
-        model = TitansGPT(TitansConfig(**options))
+        options = TitansConfig(**content['model_config'] | ({} if dropout is None else {'dropout': dropout}))
+        if options.n_layer > len(content['model']):  # before so many are made
+            raise ValueError(f"{options.n_layer} layers of {len(content['model'])} tensors")
+        with torch.device('meta'):  # nor is memory taken for what is not there
+            shapes = {name: x.shape for name, x in TitansGPT(options).state_dict().items()}
+        if shapes != {name: x.shape for name, x in content['model'].items()}:
+            raise ValueError("other tensors, or of another shape")
+        model = TitansGPT(options)
         model.load_state_dict(content['model'])
-    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: the weights do not fit the configuration beside them: "
-                        f"{str(error).splitlines()[0]}") from None
+    except Exception as error:  # anything may stand there
+        raise UserError(f"{path}: the weights do not fit the configuration beside them: {reason(error)}") from None
     return model
 
 
@@ -175,7 +185,7 @@ def same_model(content, config, path):
     free = {'chunk_len', 'dropout', 'checkpoint_segments'}  # no weight depends on these
     free |= {'block_size'} if config.arch != 'gpt' else set()
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
-    theirs = {f.name: f.default for f in dataclasses.fields(TitansConfig)} | content['model_config']  # it may lack new ones
+    theirs = {f.name: content['model_config'].get(f.name, f.default) for f in dataclasses.fields(TitansConfig)}  # some are new
     differ = [k for k in ours if k not in free and theirs[k] != ours[k]]
     if differ:
         raise UserError(f"{path} is of another architecture: " + ', '.join(
@@ -190,6 +200,20 @@ def pack_state(state):
         items = [pack_state(x) for x in state]
         return dict(zip(state._fields, items, strict=True)) if hasattr(state, '_fields') else items
     return state
+
+
+def fits(state, config, rows):
+    """Whether a state is one of `rows` rows of a model: its structure, and every size that does not change as it reads."""
+    def same(like, x):
+        if isinstance(like, torch.Tensor):
+            return (isinstance(x, torch.Tensor) and x.dtype == like.dtype and x.dim() == like.dim()
+                    and all(n in (0, m) for n, m in zip(like.shape[like.dim() > 1:], x.shape[like.dim() > 1:], strict=True))
+                    and (like.dim() < 2 or x.size(0) == rows))
+        if isinstance(like, tuple):
+            return type(x) is type(like) and len(x) == len(like) and all(map(same, like, x))
+        return type(x) is type(like) or (like is None and isinstance(x, torch.Tensor))  # KVCache.own, from the first reset on
+    with torch.device('meta'):
+        return same(TitansGPT(config).init_state(1), state)
 
 
 def unpack_state(packed, device):

@@ -39,6 +39,12 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
+        try:
+            self.understand(spec)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"not the description of a tokenizer: {str(spec)[:60]}") from None
+
+    def understand(self, spec):
         self.spec = spec
         if spec['kind'] == 'byte':
             self.vocab_size = 256
@@ -71,13 +77,15 @@ class Tokenizer:
         return [self.ids[char] for char in text]
 
     def bytes_of(self, token):
+        if token >= self.vocab_size:  # a padded vocabulary has more
+            return b''
         if self.spec['kind'] == 'byte':
             return bytes([token])
         if self.spec['kind'] == 'char':
             return self.chars[token].encode()
         if self.spec['kind'] == 'word':
             return self.words[token]
-        return self.bpe.decode_single_token_bytes(token) if token < self.vocab_size else b''
+        return self.bpe.decode_single_token_bytes(token)
 
     def decode_stream(self, tokens):
         """Text as it becomes complete: a token may end inside a UTF-8 character."""

@@ -93,9 +93,11 @@ class Evaluation:
             with open(os.path.join(folder, 'eval.json'), encoding='utf-8') as f:
                 content = f.read()
             self.samples, self.text = (json.loads(content)[key] for key in ('samples', 'haystack'))
+            if not (isinstance(self.text, str) and self.samples and all(isinstance(s, list) for s in self.samples.values())):
+                raise ValueError
         except OSError:
             raise UserError(f"{folder}: no evaluation set here{remedy}") from None
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{folder}/eval.json is damaged{remedy}") from None
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 

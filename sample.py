@@ -78,6 +78,9 @@ class Reader:
         self.content = checkpoint.load(path)
         self.model = checkpoint.build(self.content, path, dropout=0.0).to(self.device).eval()
         self.tokenizer = Tokenizer(self.content['tokenizer'])
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise UserError(f"{path}: its tokenizer has {self.tokenizer.vocab_size} tokens, its model knows "
+                            f"{self.model.config.vocab_size}")
         dtype = pick_dtype(dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 

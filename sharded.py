@@ -146,7 +146,7 @@ class Saver:
 def load(folder, like=lambda place: None, rows=slice(None), process=None):
     """
     The content of a sharded checkpoint, as checkpoint.load gives it, its carried state of `rows` only. Tensors are spread over
-    the processes as like(place) is, or whole where that is None; process: all of them load together. UserError if it is damaged.
+    the processes as like(place) is, or whole where that is None; process: all of them load together. UserError if damaged.
     """
     content = checkpoint.load(os.path.join(folder, 'content.pt'))
     rank, world = (process.rank, process.world) if process else (0, 1)

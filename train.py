@@ -295,8 +295,10 @@ class Run:
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
             then, data = content['train_config'], content['provenance']['data']
             state = content['state'] if content['format'] == checkpoint.FORMAT else content['states']
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: cannot resume from it: {str(error).splitlines()[0]}") from None
+            if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):
+                raise ValueError(f"step {self.step}, skips {self.skips}, best_step {self.best_step}")
+        except Exception as error:  # anything may stand there
+            raise UserError(f"{path}: cannot resume from it: {checkpoint.reason(error)}") from None
         self.saved = path, self.step
         if data != self.data.sha256:
             raise UserError(f"{path} was trained on other data than what {self.data.folder} holds now")
@@ -307,20 +309,25 @@ class Run:
         """Each row goes on with the state it had, on whichever process it now is."""
         if content['format'] != checkpoint.FORMAT:
             raise UserError(f"{path} carries a state of an older version; resume with carry_state=False")
+        then = dataclasses.asdict(TrainConfig()) | then  # it may lack new options
         names = {'block_size': (then['block_size'], self.config.block_size), 'seed': (then['seed'], self.config.seed),
-                 'batch_size x gradient_accumulation_steps': (then['batch_size'] * then['gradient_accumulation_steps'], self.rows),
-                 'doc_reset': (then.get('doc_reset', False), self.config.doc_reset)}  # these say which text a row reads
+                 'batch_size x gradient_accumulation_steps': (then['batch_size'] * then['gradient_accumulation_steps'],
+                                                              self.rows),
+                 'doc_reset': (then['doc_reset'], self.config.doc_reset)}  # these say which text a row reads
         differ = [f"{n}={a} there, {b} asked for" for n, (a, b) in names.items() if a != b]
         if differ:
             raise UserError(f"{path} carries the state of other rows: {', '.join(differ)}; give the values it was "
                             "trained with, or carry_state=False")
         try:
             state = checkpoint.unpack_state(state, self.device)
+            mine = self.pieces[-1].stop - self.pieces[0].start
+            if not checkpoint.fits(state, self.config.model_config(), self.rows if path == self.path else mine):
+                raise ValueError("it is of another model, or damaged")
             first = self.pieces[0].start if path != self.path else 0  # shards have given this process's rows alone
             self.states = [checkpoint.select_rows(state, slice(p.start - first, p.stop - first)) if p.stop > p.start else None
                            for p in self.pieces]
-        except (KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: cannot resume its carried state: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # anything may stand there
+            raise UserError(f"{path}: cannot resume its carried state: {checkpoint.reason(error)}") from None
 
     def save(self, best=False):
         """

@@ -114,10 +114,10 @@ def test_a_signal_saves_and_ends_the_run(data_dir, tmp_path, number, world, stat
 
 @pytest.fixture()
 def small_disk(tmp_path):
-    """A disk of 1 MB."""
+    """A disk of 2 MB."""
     place = tmp_path / 'disk'
     place.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(place)], capture_output=True)
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(place)], capture_output=True)
     if done.returncode:
         pytest.skip('only root can mount a small disk')
     yield place

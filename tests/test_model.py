@@ -239,7 +239,7 @@ def test_frozen_memory_is_read_and_never_written(variant):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_text_that_begins_knows_nothing_of_the_one_before(variant):
     """Rows in which texts begin here and there, read in two calls = every text alone: logits and gradients."""
-    persist = {'window_len': SEGMENT // 2} if variant == 'mag deep' else {}  # windows begin where texts do: TrainConfig.text_unit
+    persist = {'window_len': SEGMENT // 2} if variant == 'mag deep' else {}  # TrainConfig.text_unit
     model, idx = build(variant, **persist), tokens(3, 4 * SEGMENT + 3)
     texts = {0: [0, SEGMENT], 1: [0, 2 * SEGMENT, 3 * SEGMENT], 2: [0]}
     rows = {t: torch.tensor([t in texts[row] for row in texts]) for t in (SEGMENT, 2 * SEGMENT, 3 * SEGMENT)}
