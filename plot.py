@@ -1,5 +1,6 @@
 """
-Draw the loss curves of one run or several, from their log.jsonl: in the terminal, and into loss.png of the first.
+Draw the loss curves of one run or several, from their log.jsonl: in the terminal, and into loss.png of the first. And what its
+memories did, a line a block, into memory.png: gates that stay shut, or a memory whose size stands still, are dead.
 
     python plot.py out/stdlib_cpu [out/another ...]
 """
@@ -11,13 +12,13 @@ from configurator import UserError
 
 
 def read(out_dir):
-    """-> {'loss': (steps, values), 'val_loss': (steps, values)}"""
+    """-> {'loss': (steps, values), 'val_loss': (steps, values), 'memory': (steps, {name: one value a block})}"""
     path = os.path.join(out_dir, 'log.jsonl')
     try:
         with open(path, encoding='utf-8') as f:
             rows = [json.loads(line) for line in f]
         curves = {key: ([r['step'] for r in rows if key in r], [r[key] for r in rows if key in r])
-                  for key in ('loss', 'val_loss')}
+                  for key in ('loss', 'val_loss', 'memory')}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the out_dir of a run") from None
     except (ValueError, KeyError, TypeError):
@@ -36,6 +37,21 @@ def pyplot():
     except ImportError:
         raise UserError("a picture needs matplotlib: pip install 'nanotitans[plots]'") from None
     return matplotlib.pyplot
+
+
+PANELS = {'theta': 'theta, mean', 'eta': 'eta, mean', 'alpha': 'alpha, mean', 'weights': '|M|', 'surprise': '|S|'}
+
+
+def draw_memory(steps, values, path):
+    """A panel for each of PANELS, a line for each block."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3 * len(PANELS), 2.6), layout='constrained')
+    for ax, (name, title) in zip(axes, PANELS.items(), strict=True):
+        lines = ax.plot(steps, [v[name] for v in values], linewidth=1)
+        ax.set(title=title, xlabel='step')
+        ax.grid(alpha=0.3)
+    axes[0].legend(lines, [str(i) for i in range(len(lines))], title='memory', fontsize='x-small', ncols=2)
+    figure.savefig(path, dpi=150)
 
 
 def brief(n):
@@ -73,6 +89,14 @@ def main(argv):
     for out_dir, curve in curves.items():
         print(f"{out_dir}: last validation loss {curve['val_loss'][1][-1]:.4f}, best {min(curve['val_loss'][1]):.4f}")
     print(f"wrote {path}")
+    steps, values = curves[argv[0]]['memory']
+    if any(values):
+        path = os.path.join(argv[0], 'memory.png')
+        try:
+            draw_memory(steps, values, path)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{argv[0]}/log.jsonl: what it has of the memories cannot be drawn") from None
+        print(f"wrote {path}")
     return 0
 
 

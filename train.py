@@ -117,8 +117,9 @@ class TrainConfig(TitansConfig):
         """Texts that begin at multiples of this many tokens are read as if they stood alone."""
         if 'segment_len' not in self.unused():
             return self.segment_len
+        chunks = max(self.chunk_len, self.max_chunk_len) if self.memory_blocks() else math.gcd(self.block_size, 64)
         windows = 1 if 'num_persist_mem' in self.unused() or not self.num_persist_mem else self.window_len
-        return math.lcm(max(self.chunk_len, self.max_chunk_len), windows)  # persistent tokens stand in front of windows
+        return math.lcm(chunks, windows)  # persistent tokens stand in front of windows
 
     def chunk_lens(self, most):
         """chunk_len, twice that, ..., up to most"""
@@ -428,7 +429,7 @@ class Run:
         stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
         price = torch.tensor((config.write_cost, 0.0, config.forget_cost), device=self.device)
         price = price if with_memory and price.any() and self.step >= config.cost_from * config.max_iters else None
-        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # none: any one, and it will not count
+        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # for none any one; it will not count
         batches, states = self.counting([self.batch(rows) for rows in pieces]), []
         for micro, (rows, batch) in enumerate(zip(pieces, batches, strict=True)):
             n, state = self.pieces[micro].stop - self.pieces[micro].start, self.states[micro]

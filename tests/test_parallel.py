@@ -103,7 +103,7 @@ def test_shards_to_one_file(data_dir, tmp_path, capsys):
     content = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))
     assert content['step'] == 6 and 'ckpt.pt is step 6' in capsys.readouterr().out
     checkpoint.build(content, 'ckpt.pt')
-    for words, argv in ('no sharded checkpoint of step 7 here', [config.out_dir, '7']), ('no sharded checkpoint here', ['none']):
+    for words, argv in (' of step 7 here; there are 6, 8', [config.out_dir, '7']), ('no sharded checkpoint here', ['none']):
         with pytest.raises(UserError, match=words):
             sharded.main(argv)
 
@@ -165,8 +165,9 @@ def test_doc_reset_counts_every_target_once(data_dir, tmp_path, arch):
                 count += (target >= 0).sum()
     assert abs(run.train_step()[0] - (sums / count).item()) < 1e-5
     assert all(math.isfinite(v) for v in run.evaluate().values())
-    with pytest.raises(ValueError, match='doc_reset=True needs block_size=22 to be a multiple of'):
-        tiny(data_dir, **options | {'block_size': 22})
+    if arch != 'gpt':
+        with pytest.raises(ValueError, match='doc_reset=True needs block_size=22 to be a multiple of'):
+            tiny(data_dir, **options | {'block_size': 22})
 
 
 def test_a_carried_document_does_not_depend_on_the_one_before(data_dir, tmp_path):
@@ -178,13 +179,13 @@ def test_a_carried_document_does_not_depend_on_the_one_before(data_dir, tmp_path
         state, found = None, []
         for step in range(12):
             batch = run.data.contiguous('train', 1, 16, step, run.config.seed)
-            if change and step < 8:
+            if change and step < 9:
                 batch.x[:] = (batch.x + 1) % 256
             (x, y, _, begins), = run.spans(batch)
             out, _, state = run.raw(x, y, state, begins=begins)
             found.append((out.detach(), batch.begins[0]))
-        after = torch.cat([out for out, _ in found[8:]], dim=1)
-        first = int(np.flatnonzero(np.concatenate([begins for _, begins in found[8:]]))[0])
+        after = torch.cat([out for out, _ in found[9:]], dim=1)
+        first = int(np.flatnonzero(np.concatenate([begins for _, begins in found[9:]]))[0])
         logits.append((after[:, :first], after[:, first:]))
     assert first > 0 and not torch.equal(logits[0][0], logits[1][0]) and torch.equal(logits[0][1], logits[1][1])
 

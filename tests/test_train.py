@@ -110,7 +110,7 @@ def test_reset_rows_begin_afresh_and_others_go_on(data_dir, tmp_path, arch):
     rows, state, (batch,) = run.pieces[0], run.states[0], [run.batch(run.pieces[0])]
     draw = run.fresh_rows(rows)
     (x, y, _, begins), = run.spans(batch, draw)
-    logits, loss, after = run.raw(x, y, state, begins=begins)
+    logits, _, after = run.raw(x, y, state, begins=begins)
     carried, fresh = run.raw(x, y, state)[0], run.raw(x, y)[0]
     assert 0 < draw.sum() < 8 and after.pos == 32 and not torch.allclose(carried, fresh, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits[draw], fresh[draw])
