@@ -6,6 +6,7 @@ How fast, and in how much memory: models side by side, a step of each in turn, s
     python bench.py --models=gpt,mac-2 --sizes=1x1024,1x4096,1x16384   # tokens/s against the length
     python bench.py --measure=stream --stream=1048576                  # a million tokens read on and on, generating on the way
     python bench.py --peer=titans-pytorch                              # beside the package of that name, if it is installed
+    python bench.py --plan=config/fineweb_760m.py                      # what that run would take on 8 x H100: computed, not run
 
 A model is an architecture, -2 to -4 the depth of its memory, +compile to compile it. out_dir gets bench.json and bench.png.
 """
@@ -27,6 +28,7 @@ from datetime import date
 from typing import Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -34,9 +36,9 @@ import checkpoint
 import configurator
 from configurator import UserError
 from model import TitansConfig, TitansGPT
-from parallel import pick_device, pick_dtype
+from parallel import BYTES_A_PARAMETER, pick_device, pick_dtype
 from plot import brief, pyplot
-from train import commit
+from train import TrainConfig, commit
 
 SMALL = {'vocab_size': 256, 'segment_len': 64, 'window_len': 64}
 SHAPES = {'S': {**SMALL, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'memory_heads': 4},
@@ -57,6 +59,11 @@ class BenchConfig:
     num_longterm_mem: int = 0
     checkpoint_segments: bool = False
     peer: Literal['', 'titans-pytorch'] = ''
+    plan: str = ''                  # a config of train.py: count what it does and measure nothing
+    gpus: int = 8                   # of plan, and what one of them can: H100 SXM, bfloat16
+    gpu_flops: float = 989e12
+    gpu_bytes: float = 3.35e12
+    gpu_share: float = 0.4          # the part of gpu_flops that large Transformers reach
     repeats: int = 7
     most_seconds: float = 60        # a length at which one step takes longer is not repeated, and no longer one is tried
     threads: int = 1                # of the CPU; 0 = PyTorch's choice
@@ -194,6 +201,42 @@ class Count(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     self.bytes += tensor.numel() * tensor.element_size()
         return out
+
+
+def plan(config):
+    """
+    What a config of train.py would take in bfloat16, from its operations alone, on tensors without content: nothing fused or
+    kept in a cache, so that bytes and activations are the most they can be.
+    """
+    run = configurator.load(TrainConfig, [config.plan])
+    run.vocab_size = run.vocab_size or 50304
+    kept, parameters = {}, set()
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in parameters:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+    with FakeTensorMode(), Count() as counted, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model, idx = TitansGPT(run.model_config()), torch.zeros(1, run.block_size, dtype=torch.long)
+        parameters.update(p.untyped_storage()._cdata for p in model.parameters())
+        counted.flops = counted.bytes = 0
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, idx)[1]
+        activations = sum(storage.nbytes() for storage in kept.values())
+        loss.backward()
+    tokens = run.batch_size * run.block_size * run.gradient_accumulation_steps * run.max_iters
+    size, rows = sum(p.numel() for p in model.parameters()), min(run.batch_size, -(-run.batch_size
+                 * run.gradient_accumulation_steps // config.gpus))
+    flops, moved = counted.flops / run.block_size, counted.bytes / run.block_size
+    hours = [tokens * each / config.gpus / rate / 3600 for each, rate in ((flops, config.gpu_flops * config.gpu_share),
+                                                                          (moved, config.gpu_bytes))]
+    print(f"{config.plan}, computed, not measured: {size:,} parameters, {tokens / 1e9:.1f}G tokens\n"
+          f"  {flops / 1e9:.2f} GFLOP and {moved / 1e6:,.0f} MB a token\n"
+          f"  {config.gpus} GPUs: {hours[0]:,.0f} h if {config.gpu_share:.0%} of their FLOP/s is reached, {hours[1]:,.0f} h if every "
+          f"operation fetches and writes its tensors\n"
+          f"  memory of a GPU, {rows} rows at a time: {rows * activations / 2 ** 30:,.0f} GiB of activations, and "
+          f"{BYTES_A_PARAMETER * size / 2 ** 30:,.1f} GiB of weights, gradients and moments, sharded "
+          f"{BYTES_A_PARAMETER * size / config.gpus / 2 ** 30:,.1f}")
 
 
 def machine(config):
@@ -414,6 +457,9 @@ def main(argv):
     config = configurator.load(BenchConfig, argv, __doc__)
     if config.peer and not importlib.util.find_spec('titans_pytorch'):
         raise UserError(f"peer={PEER} is not installed: pip install {PEER}")
+    if config.plan:
+        plan(config)
+        return 0
     pyplot()  # before anything is measured: UserError if it is missing
     set_threads(config)
     device = torch.device(pick_device(config.device))

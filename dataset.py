@@ -123,7 +123,7 @@ class Writer:
         self.document_end, self.shard_tokens = document_end, shard_tokens
         self.folder = self.final + '.partial'
         self.dtype = np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
-        self.weight, self.source = dict.fromkeys(SPLITS, 0), None
+        self.weight, self.source, self.files = dict.fromkeys(SPLITS, 0), None, {}
         self.shards, self.documents, self.sums = {s: [] for s in SPLITS}, {s: [] for s in SPLITS}, {}
 
     def __enter__(self):
@@ -131,7 +131,6 @@ class Writer:
             if not self.restored():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 os.makedirs(self.folder)
-            self.open()
         except OSError as error:
             raise self.failed(error) from None
         return self
@@ -151,10 +150,9 @@ class Writer:
         return True
 
     def open(self):
-        """The files of the next shard."""
+        """The files of the next shard, once there is something to put into it."""
         number = f"_{len(self.shards['train']):05}" if self.shard_tokens else ''
         self.names, ends = {}, ['', *['_weights'] * bool(self.row_len), *['_ends'] * (self.document_end is not None)]
-        self.files = {}
         for split in SPLITS:
             self.shards[split].append(0)
             self.documents[split].append(0)
@@ -168,6 +166,7 @@ class Writer:
             os.fsync(file.fileno())
             file.close()
             self.sums[name] = self.sums[name].hexdigest()
+        self.files = {}
 
     def failed(self, error):
         if not self.shard_tokens:
@@ -180,7 +179,7 @@ class Writer:
 
     @property
     def full(self):
-        return 0 < self.shard_tokens <= self.shards['train'][-1]
+        return bool(self.files) and 0 < self.shard_tokens <= self.shards['train'][-1]
 
     def turn(self, source):
         """Begin the next shard; what is written so far will not be asked for again if `source` says where to go on."""
@@ -190,11 +189,15 @@ class Writer:
                     'source': source}
             self.write('progress.json.partial', json.dumps(kept))
             os.replace(os.path.join(self.folder, 'progress.json.partial'), os.path.join(self.folder, 'progress.json'))
-            self.open()
         except OSError as error:
             raise self.failed(error) from None
 
     def add(self, split, ids, weights=None):
+        if not self.files:
+            try:
+                self.open()
+            except OSError as error:
+                raise self.failed(error) from None
         self.put(split, np.asarray(ids, dtype=self.dtype))
         self.shards[split][-1] += len(ids)
         if self.row_len:
@@ -325,8 +328,8 @@ class Dataset:
         need(type(self.row_len) is int and self.row_len >= 0)
         if self.document_end is not None:
             need(type(self.document_end) is int and 0 <= self.document_end < self.vocab_size)
-            documents = counts(meta['documents'])
-            sizes |= {self.file(s, i, '_ends'): n * PLACE.itemsize for s in SPLITS for i, n in enumerate(documents[s])}
+            self.documents = counts(meta['documents'])
+            sizes |= {self.file(s, i, '_ends'): n * PLACE.itemsize for s in SPLITS for i, n in enumerate(self.documents[s])}
         if self.row_len:
             self.mean_weight = {split: float(meta['mean_weight'][split]) for split in SPLITS}
             need(min(self.mean_weight.values()) > 0 and all(n % self.row_len == 0 for n in self.tokens.values()))

@@ -1,0 +1,34 @@
+# The paper's 760M: 24 layers, 1536 wide, 16 heads, 4,096 tokens of FineWeb-Edu, 30 billion of them, for 8 GPUs or more
+#   python prepare.py fineweb_edu --subset=sample-100BT
+#   torchrun --standalone --nproc_per_node=8 train.py config/fineweb_760m.py
+# A starting point: computed below, never run.
+out_dir = 'out/fineweb_760m'
+dataset = 'fineweb_edu'
+init_from = 'auto'   # the same command goes on after a crash
+parallel = 'fsdp'
+
+n_layer = 24
+n_head = 16
+n_embd = 1536
+memory_depth = 2
+memory_expansion = 4
+memory_heads = 24    # 64 wide each: one head of full width would cost as much as 3.7 blocks
+segment_len = 512
+window_len = 2048    # of --arch=mag and mal
+chunk_len = 64       # the paper: 16
+num_persist_mem = 128
+num_longterm_mem = 0  # a token read for each of the segment's; the paper: 256
+checkpoint_segments = True
+vocab_size = 50304
+
+block_size = 4096
+batch_size = 4
+gradient_accumulation_steps = 32  # 0.5M tokens a step, whatever the number of GPUs
+max_iters = 57000
+warmup_iters = 1500
+learning_rate = 4e-4
+min_lr = 4e-5
+compile = True
+eval_interval = 500
+eval_iters = 40
+keep_last = 3
