@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle test lint compare family recall ablate shakespeare bench clean
+.PHONY: demo needle test lint compare family recall ablate shakespeare bench ranks clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -99,6 +99,15 @@ bench: .venv/ready
 	$(BENCH) --measure=train --out_dir=out/bench/length --sizes=1x1024,1x4096,1x8192,1x16384,1x32768 --models=gpt,mac-2,lmm-2 \
 	  --repeats=3 --most_seconds=12
 	$(BENCH) --measure=stream --out_dir=out/bench/stream --models=gpt,mac,mac-2,lmm-2 --repeats=5
+
+# one run on 1, 2 and 4 processes, replicated and sharded: the same curve; two minutes on two cores
+ranks: .venv/ready
+	$(BIN)/python prepare.py stdlib
+	set -e; export OMP_NUM_THREADS=1; for parallel in ddp fsdp; do for world in 1 2 4; do \
+	  $(BIN)/torchrun --standalone --nproc_per_node=$$world train.py config/stdlib_cpu.py --parallel=$$parallel --carry_state \
+	    --max_iters=60 --warmup_iters=10 --eval_interval=20 --eval_iters=4 --log_interval=1 --out_dir=out/ranks/$$parallel-$$world; \
+	done; done
+	$(BIN)/python plot.py out/ranks/*
 
 clean:
 	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import math
 import multiprocessing
 import os
 import pickle
@@ -225,18 +226,19 @@ def plan(config):
         activations = sum(storage.nbytes() for storage in kept.values())
         loss.backward()
     tokens = run.batch_size * run.block_size * run.gradient_accumulation_steps * run.max_iters
-    size, rows = sum(p.numel() for p in model.parameters()), min(run.batch_size, -(-run.batch_size
-                 * run.gradient_accumulation_steps // config.gpus))
+    rows = min(run.batch_size, math.ceil(run.batch_size * run.gradient_accumulation_steps / config.gpus))
     flops, moved = counted.flops / run.block_size, counted.bytes / run.block_size
     hours = [tokens * each / config.gpus / rate / 3600 for each, rate in ((flops, config.gpu_flops * config.gpu_share),
                                                                           (moved, config.gpu_bytes))]
+    size = sum(p.numel() for p in model.parameters())
+    held, casts = BYTES_A_PARAMETER * size / 2 ** 30, 2 * size  # autocast keeps the weights it has cast, whatever the rows
     print(f"{config.plan}, computed, not measured: {size:,} parameters, {tokens / 1e9:.1f}G tokens\n"
           f"  {flops / 1e9:.2f} GFLOP and {moved / 1e6:,.0f} MB a token\n"
-          f"  {config.gpus} GPUs: {hours[0]:,.0f} h if {config.gpu_share:.0%} of their FLOP/s is reached, {hours[1]:,.0f} h if every "
-          f"operation fetches and writes its tensors\n"
-          f"  memory of a GPU, {rows} rows at a time: {rows * activations / 2 ** 30:,.0f} GiB of activations, and "
-          f"{BYTES_A_PARAMETER * size / 2 ** 30:,.1f} GiB of weights, gradients and moments, sharded "
-          f"{BYTES_A_PARAMETER * size / config.gpus / 2 ** 30:,.1f}")
+          f"  {config.gpus} GPUs: {hours[0]:,.1f} h if {config.gpu_share:.0%} of their FLOP/s is reached, "
+          f"{hours[1]:,.0f} h if every operation fetches and writes its tensors\n"
+          f"  memory of a GPU, {rows} rows at a time: {(rows * (activations - casts) + casts) / 2 ** 30:,.0f} GiB of activations and "
+          f"of weights in bfloat16, and "
+          f"{held:,.1f} GiB of weights, gradients and moments, sharded {held / config.gpus:,.1f}")
 
 
 def machine(config):

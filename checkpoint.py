@@ -53,7 +53,8 @@ def reason(*errors):
             if getattr(error, 'strerror', None):
                 return error.strerror
             error = error.__cause__ or error.__context__
-    return str(errors[-1]).splitlines()[0]
+    said = f"{type(errors[-1]).__name__} {errors[-1]}" if isinstance(errors[-1], KeyError) else str(errors[-1])
+    return (said or type(errors[-1]).__name__).splitlines()[0]
 
 
 def link(path, copy):
@@ -64,6 +65,8 @@ def link(path, copy):
         os.link(path, copy + '.partial')
     except OSError:
         shutil.copyfile(path, copy + '.partial')
+        with open(copy + '.partial', 'rb+') as f:
+            os.fsync(f.fileno())
     os.replace(copy + '.partial', copy)
 
 
@@ -112,6 +115,14 @@ def load(path):
     return content
 
 
+def step_of(path):
+    """The step of a checkpoint, without reading its tensors; -1 if there is none that can be read."""
+    try:
+        return int(torch.load(path, map_location='cpu', mmap=True, weights_only=True)['step'])
+    except Exception:  # load() will say what is wrong with it
+        return -1
+
+
 # -- those kept beside the last
 
 
@@ -150,14 +161,17 @@ def sweep(out_dir):
 
 
 def set_aside(out_dir):
-    """What a run before left, into out_dir/earlier/: a new run begins with nothing, and a mistake costs nothing."""
-    old = [name for name in os.listdir(out_dir) if re.fullmatch(r'ckpt(-\d+)?(\.pt)?|best\.pt', name)]
-    if old:
-        folder = os.path.join(out_dir, 'earlier')
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder)
-        for name in old:
-            os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    """What a run before left, into out_dir/earlier-N/: a new one begins with nothing, a mistake costs nothing. -> N or None"""
+    names = os.listdir(out_dir)
+    old = [name for name in names if re.fullmatch(r'ckpt(-\d+)?(\.pt)?|best\.pt', name)]
+    if not old:
+        return None
+    n = max((int(m[1]) for name in names if (m := re.fullmatch(r'earlier-(\d+)', name))), default=0) + 1
+    folder = os.path.join(out_dir, f'earlier-{n}')
+    os.makedirs(folder)
+    for name in old + [name for name in names if name == 'log.jsonl']:
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    return n
 
 
 # -- what is in them
@@ -206,7 +220,7 @@ def fits(state, config, rows):
     """Whether a state is one of `rows` rows of a model: its structure, and every size that does not change as it reads."""
     def same(like, x):
         if isinstance(like, torch.Tensor):
-            return (isinstance(x, torch.Tensor) and x.dtype == like.dtype and x.dim() == like.dim()
+            return (isinstance(x, torch.Tensor) and x.is_floating_point() == like.is_floating_point() and x.dim() == like.dim()
                     and all(n in (0, m) for n, m in zip(like.shape[like.dim() > 1:], x.shape[like.dim() > 1:], strict=True))
                     and (like.dim() < 2 or x.size(0) == rows))
         if isinstance(like, tuple):

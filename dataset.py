@@ -140,11 +140,14 @@ class Writer:
         try:
             with open(os.path.join(self.folder, 'progress.json'), encoding='utf-8') as f:
                 kept = json.load(f)
-            if not self.shard_tokens or kept['tokenizer'] != self.tokenizer.spec:
+            if not self.shard_tokens:
                 return False
             self.shards, self.documents, self.sums, self.source = (kept[k] for k in ('shards', 'documents', 'sums', 'source'))
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             return False
+        except (OSError, ValueError, KeyError, TypeError) as error:  # hours of work may stand on it
+            raise UserError(f"{self.folder}/progress.json cannot be read ({type(error).__name__}); to begin anew remove "
+                            f"{self.folder}") from None
         for file in set(os.listdir(self.folder)) - {'progress.json', *(name + '.bin' for name in self.sums)}:
             os.remove(os.path.join(self.folder, file))
         return True
@@ -158,7 +161,11 @@ class Writer:
             self.documents[split].append(0)
             for end in ends:
                 name = self.names[split + end] = split + number + end
-                self.files[name], self.sums[name] = open(os.path.join(self.folder, name + '.bin'), 'wb'), hashlib.sha256()
+                try:
+                    self.files[name] = open(os.path.join(self.folder, name + '.bin'), 'wb')
+                except OSError as error:
+                    raise self.failed(error) from None
+                self.sums[name] = hashlib.sha256()
 
     def close(self):
         for name, file in self.files.items():
@@ -185,8 +192,7 @@ class Writer:
         """Begin the next shard; what is written so far will not be asked for again if `source` says where to go on."""
         try:
             self.close()
-            kept = {'tokenizer': self.tokenizer.spec, 'shards': self.shards, 'documents': self.documents, 'sums': self.sums,
-                    'source': source}
+            kept = {'shards': self.shards, 'documents': self.documents, 'sums': self.sums, 'source': source}
             self.write('progress.json.partial', json.dumps(kept))
             os.replace(os.path.join(self.folder, 'progress.json.partial'), os.path.join(self.folder, 'progress.json'))
         except OSError as error:
@@ -194,10 +200,7 @@ class Writer:
 
     def add(self, split, ids, weights=None):
         if not self.files:
-            try:
-                self.open()
-            except OSError as error:
-                raise self.failed(error) from None
+            self.open()
         self.put(split, np.asarray(ids, dtype=self.dtype))
         self.shards[split][-1] += len(ids)
         if self.row_len:
@@ -214,6 +217,8 @@ class Writer:
         try:
             with open(os.path.join(self.folder, file), 'w', encoding='utf-8') as f:
                 f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
         except OSError as error:
             raise self.failed(error) from None
 

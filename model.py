@@ -188,6 +188,13 @@ def detach_state(state):
     return map_state(torch.Tensor.detach, state)
 
 
+def uncounted(state):
+    """The same state, of which written() has counted nothing yet."""
+    return state._replace(blocks=tuple(
+        b if b.memory is None else b._replace(memory=b.memory._replace(written=torch.zeros_like(b.memory.written)))
+        for b in state.blocks))
+
+
 def where(rows, new, old):
     """Of the states `new` for the rows (B,) that are True, of `old` for the others."""
     return map_state(lambda a, b: torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b), new, old)
@@ -842,6 +849,7 @@ class TitansGPT(nn.Module):
         segment written out. A minute on a CPU; again for other shapes, such as another chunk_len, and without gradients.
         """
         torch._dynamo.config.recompile_limit = 64  # beyond it PyTorch would go on uncompiled, without a word
+        torch._dynamo.config.optimize_ddp = False  # which would cut steps that are far smaller than its buckets
         for block in self.blocks:
             block.compile_step()
 

@@ -48,11 +48,19 @@ class Process:
     def __init__(self, device):
         self.world, self.rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
         self.launched, self.main = 'WORLD_SIZE' in os.environ, self.rank == 0
+        self.restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
         self.device = torch.device(pick_device(device))
         if self.launched:
+            if not {'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(os.environ):
+                raise UserError("WORLD_SIZE is set, but not what else torchrun sets; start several processes with torchrun")
             if self.device.type == 'cuda':
-                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                local, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+                if local >= there:
+                    raise UserError(f"process {local} of this machine has no GPU of its own; give --nproc_per_node={there}")
+                self.device = torch.device('cuda', local)
                 torch.cuda.set_device(self.device)
+            elif self.device.type != 'cpu':
+                raise UserError(f"device='{self.device.type}' cannot be shared by processes; give --device=cpu, or no torchrun")
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo', store=self.store(),
                                     world_size=self.world, rank=self.rank)
 
@@ -61,7 +69,7 @@ class Process:
         Where the processes meet; None: where PyTorch would have them. After a restart the store that torchrun shares with them
         still has the addresses of the dead (pytorch/pytorch issue 135712); on one node all know which restart it is.
         """
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or os.environ['TORCHELASTIC_MAX_RESTARTS'] == '0':
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or not self.restarts:
             return None
         if os.environ['GROUP_WORLD_SIZE'] != '1':
             raise UserError("restarts over several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
@@ -84,15 +92,28 @@ class Process:
         cuts = [first + (last - first) * i // n for i in range(n + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
-    def sum(self, value):
-        """The sum of a tensor over the processes."""
-        if self.world > 1:
-            dist.all_reduce(value)
-        return value
+    def sum(self, *numbers):
+        """The sum of each number over the processes, a list."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def any(self, *flags):
         """For each flag whether it is true for any process, so that all do the same at the same step."""
-        return (self.sum(torch.tensor([float(bool(f)) for f in flags], device=self.device)) > 0).tolist()
+        return [n > 0 for n in self.sum(*(int(bool(f)) for f in flags))]
+
+    def on_main(self, act, *args):
+        """Rank 0 acts; a UserError ends all processes, and none waits for it."""
+        problem = None
+        if self.main:
+            try:
+                act(*args)
+            except UserError as error:
+                problem = error
+        if self.any(problem)[0]:
+            raise problem or SystemExit(1)
 
     def gather(self, value):
         """What each process has, as a list at rank 0; None elsewhere."""
@@ -118,7 +139,10 @@ class Process:
         return 'fsdp' if takes > torch.cuda.get_device_properties(self.device).total_memory / 2 else 'ddp'
 
     def shard(self, model):
-        """FSDP2: each block's parameters are together only while it runs. The parameters become DTensors, in place."""
+        """
+        FSDP2: a block's parameters, DTensors from here on, are together only while it runs. (Autocast's bfloat16 casts of them
+        are kept for the backward on every GPU, 2 bytes a parameter.)
+        """
         warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing here writes in place
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
@@ -160,6 +184,11 @@ def placed_as(like, tensor):
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor
+
+
+def local(tensor):
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):

@@ -39,16 +39,16 @@ def pyplot():
     return matplotlib.pyplot
 
 
-PANELS = {'theta': 'theta, mean', 'eta': 'eta, mean', 'alpha': 'alpha, mean', 'weights': '|M|', 'surprise': '|S|'}
+PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
 
 
 def draw_memory(steps, values, path):
     """A panel for each of PANELS, a line for each block."""
     plt = pyplot()
     figure, axes = plt.subplots(1, len(PANELS), figsize=(3 * len(PANELS), 2.6), layout='constrained')
-    for ax, (name, title) in zip(axes, PANELS.items(), strict=True):
+    for ax, name in zip(axes, PANELS, strict=True):
         lines = ax.plot(steps, [v[name] for v in values], linewidth=1)
-        ax.set(title=title, xlabel='step')
+        ax.set(title=name, xlabel='step')
         ax.grid(alpha=0.3)
     axes[0].legend(lines, [str(i) for i in range(len(lines))], title='memory', fontsize='x-small', ncols=2)
     figure.savefig(path, dpi=150)

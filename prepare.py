@@ -261,7 +261,7 @@ def crawl(name, config, total, *where):
             with (ProcessPoolExecutor(config.num_proc or None, multiprocessing.get_context('spawn')) as pool,
                   tqdm(desc=name, unit='doc', total=config.documents or total, initial=done) as bar):
                 # as much text at a time as keeps all processes busy: the pool alone would read ahead without end
-                while batch := [d['text'] for d in itertools.islice(documents, int(min(8192, most - done)))]:
+                while batch := [d['text'] for d in itertools.islice(documents, int(max(min(8192, most - done), 0)))]:
                     for ids in pool.map(encode_document, batch, chunksize=64):
                         writer.add('val' if done % 2000 == 0 else 'train', ids)
                         done += 1

@@ -32,7 +32,7 @@ class Unpickler(pickle.Unpickler):
     """For the pickled index of the shards: names the few classes it is made of and no other."""
 
     def find_class(self, module, name):
-        if (module, name) == ('pathlib', 'PosixPath'):  # where it was written
+        if name == 'PosixPath' and module in ('pathlib', 'pathlib._local'):  # where it was written
             return os.path.join
         if (module, name) in PLAIN or (module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
@@ -40,26 +40,37 @@ class Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """PyTorch's reader, but for an index that may come from anyone."""
+    """PyTorch's reader, but for an index that may come from anyone: it reads tensors, and only from `files`."""
+
+    def __init__(self, folder, files):
+        super().__init__(folder)
+        self.files = files
 
     def read_metadata(self, *args, **kwargs):
         with open(os.path.join(self.path, '.metadata'), 'rb') as f:
             metadata = Unpickler(io.BytesIO(f.read())).load()
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
             raise pickle.UnpicklingError("something else than tensors")
+        if not {info.relative_path for info in metadata.storage_data.values()} <= set(self.files):
+            raise pickle.UnpicklingError("files of another checkpoint")
         metadata.storage_meta = dcp.metadata.StorageMeta(load_id=self.load_id)
         return metadata
 
 
-def take_out(content, at, tensors):
-    """content with {'tensor': place} for each of its tensors, which go into `tensors` under their place."""
+def take_out(content, at, tensors, places):
+    """
+    content with {'tensor': place} for each of its tensors, which go into `tensors` under their place. places {id: place} are
+    those seen before: tied weights, one tensor under two names, have one.
+    """
     if isinstance(content, torch.Tensor):
-        place = next((p for p, t in tensors.items() if t is content), at)  # tied weights have one place
+        place = places.setdefault(id(content), at)
         tensors[place] = content
         return {'tensor': place}
     if isinstance(content, dict):
-        return {k: take_out(v, f'{at}/{k}', tensors) for k, v in content.items()}
-    return [take_out(v, f'{at}/{i}', tensors) for i, v in enumerate(content)] if isinstance(content, list) else content
+        return {k: take_out(v, f'{at}/{k}', tensors, places) for k, v in content.items()}
+    if isinstance(content, list):
+        return [take_out(v, f'{at}/{i}', tensors, places) for i, v in enumerate(content)]
+    return content
 
 
 def put_back(content, tensors):
@@ -71,11 +82,15 @@ def put_back(content, tensors):
 
 
 def checksum(path):
-    sum = 0
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 22):
-            sum = zlib.crc32(block, sum)
-    return os.path.getsize(path), sum
+    """-> size and CRC-32 of a file, None if it cannot be read"""
+    crc = size = 0
+    try:
+        with open(path, 'rb') as f:
+            while block := f.read(1 << 22):
+                crc, size = zlib.crc32(block, crc), size + len(block)
+    except OSError:
+        return None
+    return size, crc
 
 
 class Saver:
@@ -90,10 +105,9 @@ class Saver:
         Copy what has to be saved; the rest goes on in the background. states: [(slice of rows, packed state)] of this process;
         best: the step that prune() is to spare, or None.
         """
-        self.finish()
-        tensors = {}
-        self.content = take_out({k: v for k, v in content.items() if k != 'state'}, '', tensors)
-        pieces = [(rows.start, rows.stop, take_out(state, f'/state/{rows.start}', tensors)) for rows, state in states]
+        tensors, places = {}, {}
+        self.content = take_out(content, '', tensors, places)
+        pieces = [(rows.start, rows.stop, take_out(state, f'/state/{rows.start}', tensors, places)) for rows, state in states]
         parts = self.process.gather(pieces)
         self.content['state'] = [list(piece) for part in parts for piece in part] if parts else None
         self.keep = keep_last, {best}
@@ -127,10 +141,14 @@ class Saver:
             try:
                 if problem is None:
                     self.content['files'] = {name: sums for part, _ in parts for name, sums in part.items()}
+                    if not self.content['files'].keys() <= set(os.listdir(partial)):
+                        raise UserError("out_dir must be a folder that all nodes share")
                     checkpoint.save(os.path.join(partial, 'content.pt'), self.content)
-                    shutil.rmtree(self.path, ignore_errors=True)
-                    os.replace(partial, self.path)
-                    checkpoint.sync_folder(self.path)
+                    if os.path.isdir(self.path):  # this step was saved before: leave what is whole alone
+                        shutil.rmtree(partial)
+                    else:
+                        os.replace(partial, self.path)
+                        checkpoint.sync_folder(self.path)
                     checkpoint.prune(self.out_dir, step, *self.keep, folders=True)
             except (OSError, UserError) as error:
                 problem = checkpoint.reason(error)
@@ -151,10 +169,9 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
     content = checkpoint.load(os.path.join(folder, 'content.pt'))
     rank, world = (process.rank, process.world) if process else (0, 1)
     try:
-        names = sorted(content['files'])
-        damaged = [name for name in names[rank::world]
-                   if checksum(os.path.join(folder, os.path.basename(name))) != tuple(content['files'][name])]
-        if damaged or (process and process.any(damaged)[0]):
+        files = content['files']
+        damaged = [name for name in sorted(files)[rank::world] if checksum(os.path.join(folder, name)) != tuple(files[name])]
+        if process.any(damaged)[0] if process else damaged:
             raise UserError(f"{folder}: damaged, {damaged[0] if damaged else 'one of its files'} differs from its checksum")
         pieces = []
         for first, last, state in content['state'] or []:
@@ -162,7 +179,7 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
             if a < b:
                 pieces.append((slice(a - first, b - first), state))
         content['state'] = [state for _, state in pieces]
-        reader, tensors = Reader(folder), {}
+        reader, tensors = Reader(folder, files), {}
         index, wanted = reader.read_metadata().state_dict_metadata, {}
         take_places(content, wanted)
         for place in wanted:
@@ -172,6 +189,7 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
                               else torch.zeros_like(template, dtype=entry.properties.dtype))
         with warnings.catch_warnings(action='ignore'):  # that one process loads alone
             dcp.load(tensors, storage_reader=reader, no_dist=process is None or not process.launched)
+        del content['files']
         content = put_back(content, tensors)
         states = [checkpoint.select_rows(checkpoint.unpack_state(state, 'cpu'), rows)
                   for state, (rows, _) in zip(content['state'], pieces, strict=True)]
@@ -201,6 +219,8 @@ def main(argv):
     if step not in found:
         raise UserError(f"{out_dir}: no sharded checkpoint{f' of step {step}' if len(argv) == 2 else ''} here"
                         + (f"; there are {', '.join(map(str, found))}" if found else ""))
+    if len(argv) == 1 and (newer := checkpoint.step_of(os.path.join(out_dir, 'ckpt.pt'))) > step:
+        raise UserError(f"{out_dir}/ckpt.pt is of step {newer}, newer than all shards; to have it replaced say which step")
     to_plain(out_dir, step)
     return 0
 
@@ -209,13 +229,15 @@ def to_plain(out_dir, step=None):
     """Write ckpt.pt from the shards of a step, or the last; and best.pt, if those of the best step are there too."""
     found = checkpoint.numbered(out_dir, folders=True)
     step = max(found) if step is None else step
-    content, best = load(found[step]), os.path.join(out_dir, 'best.pt')
-    checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), content, [best] if content['best_step'] == step else [])
-    print(f"{out_dir}/ckpt.pt is step {step}")
-    if content['best_step'] in found:
-        if content['best_step'] != step:
-            checkpoint.save(best, load(found[content['best_step']]))
-        print(f"{best} is step {content['best_step']}")
+    path, best = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt'))
+    content = load(found[step])
+    kept = content.get('best_step') if content['train_config'].get('keep_best', True) else None
+    checkpoint.save(path, content, [best] if kept == step else [])
+    print(f"{path} is step {step}")
+    if kept in found:
+        if kept != step:
+            checkpoint.save(best, load(found[kept]))
+        print(f"{best} is step {kept}")
 
 
 if __name__ == '__main__':

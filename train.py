@@ -3,7 +3,7 @@ Train a model.
 
     python train.py config/stdlib_cpu.py                                   # a CPU
     python train.py config/shakespeare_char_cpu.py --learning_rate=1e-3    # any option of any file can be overridden
-    torchrun --standalone --nproc_per_node=8 train.py config/openwebtext.py   # 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train.py config/openwebtext_124m.py   # 8 GPUs
     python train.py config/stdlib_cpu.py --init_from=resume                # go on where it stopped, to the bit
 
 --print_config shows what would run, --help every option. Ctrl-C, SIGTERM and SIGUSR1 save and stop. docs/multi-node.md has many
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ import configurator
 import sharded
 from configurator import UserError
 from dataset import Dataset
-from model import TitansConfig, TitansGPT, detach_state, map_state, nearest
-from parallel import Process, pick_dtype, placed_as, run, whole
+from model import TitansConfig, TitansGPT, detach_state, map_state, nearest, uncounted
+from parallel import Process, local, pick_dtype, placed_as, run, whole
 
 
 @dataclass
@@ -174,10 +175,12 @@ def commit():
         return ''
 
 
-def finite(state):
-    found = []
-    map_state(lambda x: found.append(x.isfinite().all().item()) or x, state)
-    return all(found)
+def mend(state):
+    """-> the state with 0 for what is not finite, and which rows had such numbers, a bool array; those have to begin afresh."""
+    bad = []
+    map_state(lambda x: bad.append(~x.isfinite().flatten(1).all(1)) or x if x.dim() > 1 else x, state)
+    state = map_state(lambda x: x.nan_to_num(0, 0, 0) if x.is_floating_point() else x, state)
+    return state, torch.stack(bad).any(0).cpu().numpy()
 
 
 class Signals:
@@ -224,11 +227,17 @@ class Run:
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         self.log_path = os.path.join(config.out_dir, 'log.jsonl')
         self.step, self.best_val_loss, self.best_step, self.saved, self.wandb = 0, math.inf, None, None, None
-        self.skips, self.skips_in_a_row, self.signals = 0, 0, Signals()
+        self.skips, self.skips_in_a_row, self.signals, self.commit = 0, 0, Signals(), commit()
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
         self.states = [None] * len(self.pieces)  # what their rows carry
+        self.mended = np.zeros(self.rows, bool)  # rows that a step gone wrong has left nothing to go on from
 
+        there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
+        self.resumed = config.init_from == 'resume' or (config.init_from == 'auto' and self.process.any(there)[0])
+        if self.process.restarts and config.init_from == 'scratch':
+            raise UserError("a restart by torchrun would begin from scratch; give --init_from=auto, or --max-restarts=0")
+        self.process.on_main(self.prepare_folder)
         torch.manual_seed(config.seed)
         self.raw = TitansGPT(config.model_config()).to(self.device)  # before DDP, which renames its parameters
         self.size = sum(p.numel() for p in self.raw.parameters())
@@ -244,10 +253,6 @@ class Run:
                                            betas=(config.beta1, config.beta2), fused=fused)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun, after a process died
-        self.folders = checkpoint.numbered(config.out_dir, folders=True)
-        there = bool(self.folders) or os.path.exists(self.path)
-        self.resumed = config.init_from == 'resume' or ((config.init_from == 'auto' or restarted) and there)
         if self.resumed:
             self.resume()
         self.model = self.raw
@@ -267,10 +272,14 @@ class Run:
 
     def newest(self):
         """-> the content of the newest checkpoint and its path; of one in shards, only this process's parts of it."""
-        plain = checkpoint.load(self.path) if os.path.exists(self.path) or not self.folders else None
-        if not self.folders or (plain and plain['step'] >= max(self.folders)):
-            return plain, self.path
-        path, named, numbered = self.folders[max(self.folders)], dict(self.raw.named_parameters()), self.parameters()
+        folders, plain = checkpoint.numbered(self.config.out_dir, folders=True), checkpoint.step_of(self.path)
+        step = max(folders, default=-1)
+        if self.process.any(self.process.sum(max(step, plain))[0] != max(step, plain) * self.process.world)[0]:
+            raise UserError(f"the processes see checkpoints of different steps in {self.config.out_dir}; it must be a folder "
+                            "that all nodes share")
+        if step < 0 or plain > step or (plain == step and self.parallel != 'fsdp'):
+            return checkpoint.load(self.path), self.path
+        path, named, numbered = folders[step], dict(self.raw.named_parameters()), self.parameters()
 
         def like(place):
             _, kind, *rest = place.split('/')
@@ -285,12 +294,11 @@ class Run:
         try:
             model = self.raw.state_dict()
             self.raw.load_state_dict({k: placed_as(model.get(k), v) for k, v in content['model'].items()})
-            groups = [{k: g[k] for k in ('weight_decay', 'betas', 'fused')} for g in self.optimizer.param_groups]
+            groups = [g | {k: asked[k] for k in ('weight_decay', 'betas', 'fused')}  # what the command says now, not then
+                      for g, asked in zip(content['optimizer']['param_groups'], self.optimizer.param_groups, strict=True)]
             moments = {i: {k: placed_as(p, v) for k, v in content['optimizer']['state'][i].items()}
                        for i, p in enumerate(self.parameters()) if i in content['optimizer']['state']}
-            self.optimizer.load_state_dict(content['optimizer'] | {'state': moments})
-            for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(asked)  # what the command says now, not what it said then
+            self.optimizer.load_state_dict({'param_groups': groups, 'state': moments})
             self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
@@ -310,55 +318,66 @@ class Run:
         """Each row goes on with the state it had, on whichever process it now is."""
         if content['format'] != checkpoint.FORMAT:
             raise UserError(f"{path} carries a state of an older version; resume with carry_state=False")
-        then = dataclasses.asdict(TrainConfig()) | then  # it may lack new options
-        names = {'block_size': (then['block_size'], self.config.block_size), 'seed': (then['seed'], self.config.seed),
-                 'batch_size x gradient_accumulation_steps': (then['batch_size'] * then['gradient_accumulation_steps'],
-                                                              self.rows),
-                 'doc_reset': (then['doc_reset'], self.config.doc_reset)}  # these say which text a row reads
-        differ = [f"{n}={a} there, {b} asked for" for n, (a, b) in names.items() if a != b]
-        if differ:
-            raise UserError(f"{path} carries the state of other rows: {', '.join(differ)}; give the values it was "
-                            "trained with, or carry_state=False")
+        def reads(config):
+            """What says which text a row reads."""
+            return {'block_size': config.block_size, 'seed': config.seed,
+                    'batch_size x gradient_accumulation_steps': config.batch_size * config.gradient_accumulation_steps,
+                    'doc_reset, at multiples of': config.text_unit() if config.doc_reset else 0}
         try:
-            state = checkpoint.unpack_state(state, self.device)
+            known = {f.name for f in dataclasses.fields(TrainConfig)}
+            then = reads(TrainConfig(**{k: v for k, v in then.items() if k in known}))
+            differ = [f"{n}={then[n]} there, {now} asked for" for n, now in reads(self.config).items() if then[n] != now]
+            if differ:
+                raise UserError(f"{path} carries the state of other rows: {', '.join(differ)}; give the values it was "
+                                "trained with, or carry_state=False")
+            state = checkpoint.unpack_state(state, 'cpu')
             mine = self.pieces[-1].stop - self.pieces[0].start
             if not checkpoint.fits(state, self.config.model_config(), self.rows if path == self.path else mine):
                 raise ValueError("it is of another model, or damaged")
             first = self.pieces[0].start if path != self.path else 0  # shards have given this process's rows alone
-            self.states = [checkpoint.select_rows(state, slice(p.start - first, p.stop - first)) if p.stop > p.start else None
-                           for p in self.pieces]
+            self.states = [map_state(lambda x: x.to(self.device), checkpoint.select_rows(
+                state, slice(p.start - first, p.stop - first))) if p.stop > p.start else None for p in self.pieces]
+        except UserError:
+            raise
         except Exception as error:  # anything may stand there
             raise UserError(f"{path}: cannot resume its carried state: {checkpoint.reason(error)}") from None
 
     def save(self, best=False):
         """
         ckpt.pt, and best.pt; sharded, ckpt-STEP/, which goes on in the background. Every process calls it, since each has its
-        part of the carried state.
+        part of the carried state. What is not finite is not saved.
         """
+        self.finish_saving()
+        if self.saved and self.saved[1] == self.step and not best:
+            return
+        good = not self.mended.any() and all(local(p.detach()).isfinite().all() for p in self.raw.parameters())
+        if self.process.any(not good)[0]:
+            return
         if best:
             self.best_step = self.step
         states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
         content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
                    'tokenizer': self.data.tokenizer, 'model_config': dataclasses.asdict(self.config.model_config()),
                    'train_config': dataclasses.asdict(self.config),
-                   'provenance': {'commit': commit(), 'dataset': self.config.dataset, 'data': self.data.sha256,
+                   'provenance': {'commit': self.commit, 'dataset': self.config.dataset, 'data': self.data.sha256,
                                   'torch': str(torch.__version__)},
                    'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
         config, best_step = self.config, self.best_step if self.config.keep_best else None
         if self.saver:
-            content['model'] = dict(self.raw.named_parameters(remove_duplicate=False))
-            self.finish_saving()
+            content['model'] = dict(self.raw.named_parameters(remove_duplicate=False))  # state_dict would make tied weights two
             self.saver.begin(content, states, config.keep_last, best_step)
             return
         parts = self.process.gather([s for _, s in states])
-        if self.process.main:
-            packed = [checkpoint.unpack_state(s, 'cpu') for part in parts for s in part]
-            content['state'] = checkpoint.pack_state(checkpoint.join_rows(packed)) if packed else None
-            copies = [os.path.join(config.out_dir, 'best.pt')] if best and config.keep_best else []  # first: what ckpt.pt says
-            copies += [checkpoint.name_at(config.out_dir, self.step) + '.pt'] if config.keep_last > 1 else []  # must be there
-            checkpoint.save(self.path, content, copies)
-            checkpoint.prune(config.out_dir, self.step, config.keep_last if config.keep_last > 1 else 0)
+        self.process.on_main(self.write, content, parts, best)
         self.saved = self.path, self.step
+
+    def write(self, content, parts, best):
+        config, packed = self.config, [checkpoint.unpack_state(s, 'cpu') for part in parts or () for s in part]
+        content['state'] = checkpoint.pack_state(checkpoint.join_rows(packed)) if packed else None
+        copies = [os.path.join(config.out_dir, 'best.pt')] if best and config.keep_best else []  # first: what ckpt.pt says
+        copies += [checkpoint.name_at(config.out_dir, self.step) + '.pt'] if config.keep_last > 1 else []  # must be there
+        checkpoint.save(self.path, content, copies)
+        checkpoint.prune(config.out_dir, self.step, config.keep_last if config.keep_last > 1 else 0)
 
     def finish_saving(self):
         if self.saver and (step := self.saver.finish()) is not None:
@@ -382,8 +401,9 @@ class Run:
         return tensor.to(self.device)
 
     def fresh_rows(self, rows):
-        """Which rows begin the step with a fresh memory, drawn at random."""
-        return np.random.default_rng([self.config.seed, 2, self.step]).random(self.rows)[rows] < self.config.reset_prob
+        """Which rows begin the step with a fresh memory: some drawn at random, and those that have to."""
+        draw = np.random.default_rng([self.config.seed, 2, self.step]).random(self.rows) < self.config.reset_prob
+        return (draw | self.mended)[rows]
 
     def spans(self, batch, fresh=None, cut=0):
         """
@@ -405,8 +425,7 @@ class Run:
         if not self.config.doc_reset:
             return batches
         count = sum(int((b.y >= 0).sum()) for b, rows in zip(batches, self.pieces, strict=True) if rows.stop > rows.start)
-        count = self.process.sum(torch.tensor(float(count), device=self.device)).item()
-        weight = self.rows * self.config.block_size / max(count, 1)
+        weight = self.rows * self.config.block_size / max(self.process.sum(count)[0], 1)
         return [b._replace(weights=np.full(b.x.shape, weight, np.float32)) for b in batches]
 
     # -- the step
@@ -429,7 +448,7 @@ class Run:
         stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
         price = torch.tensor((config.write_cost, 0.0, config.forget_cost), device=self.device)
         price = price if with_memory and price.any() and self.step >= config.cost_from * config.max_iters else None
-        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # for none any one; it will not count
+        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # for none any, which will not count
         batches, states = self.counting([self.batch(rows) for rows in pieces]), []
         for micro, (rows, batch) in enumerate(zip(pieces, batches, strict=True)):
             n, state = self.pieces[micro].stop - self.pieces[micro].start, self.states[micro]
@@ -437,13 +456,12 @@ class Run:
             for i, (x, y, weights, begins) in enumerate(spans):
                 if self.parallel == 'ddp':  # gradients meet once, at the last backward
                     self.model.require_backward_grad_sync = micro == len(self.pieces) - 1 and i == len(spans) - 1
-                before = self.raw.written(state).detach() if with_memory and state is not None else 0
                 with self.autocast:
                     _, loss, state = self.model(x, y, state, config.update_memory, weights, begins)
                 # of the mean over all tokens; times the processes, since their gradients are averaged
                 share = x.size(1) / config.block_size * n / self.rows * self.process.world
                 loss = loss * share
-                wrote = (self.raw.written(state) - before) / x.size(1) * share if with_memory else None
+                wrote = self.raw.written(state) / x.size(1) * share if with_memory else None
                 total += loss.detach()
                 if with_memory:
                     stats[:, :3] += wrote.detach()
@@ -452,17 +470,20 @@ class Run:
                 if self.parallel == 'ddp' and i:  # DDP wants every parameter in its last backward, M_0 was in the first
                     loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
                 self.scaler.scale(loss).backward()
-                state = detach_state(state)
+                state = uncounted(detach_state(state))
             if with_memory:
                 stats[:, 3:] += self.raw.norms(state) * n / self.rows * self.process.world
             states.append(state if config.carry_state and n else None)
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.raw.parameters(), config.grad_clip or math.inf)).item()
-        loss, *stats = (self.process.sum(torch.cat((total[None], stats.flatten()))) / self.process.world).tolist()
-        memory = {name: stats[i::5] for i, name in enumerate(('theta', 'eta', 'alpha', 'weights', 'surprise'))} if stats else {}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
+        if config.grad_clip and whole(norm).isfinite():  # else all gradients would be as bad as one
+            torch.nn.utils.clip_grads_with_norm_(self.raw.parameters(), config.grad_clip, norm)
+        norm = whole(norm).item()
+        loss, *stats = (n / self.process.world for n in self.process.sum(*torch.cat((total[None], stats.flatten())).tolist()))
+        memory = {name: stats[i::5] for i, name in enumerate(('theta', 'eta', 'alpha', '|M|', '|S|'))} if stats else {}
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
-            self.states, self.skips_in_a_row = states, 0
+            self.states, self.skips_in_a_row, self.mended[:] = states, 0, False
         else:
             self.skip(loss, norm, memory)
         self.scaler.update()
@@ -471,12 +492,16 @@ class Run:
         return loss, norm, memory
 
     def skip(self, loss, norm, memory):
-        """Count a step that came to nothing; rows whose memory is not finite begin afresh. UserError if it goes on and on."""
+        """Count a step that came to nothing; rows whose state is not finite begin afresh. UserError if it goes on and on."""
         self.skips, self.skips_in_a_row = self.skips + 1, self.skips_in_a_row + 1
         what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
-        self.states = [s if s is None or finite(s) else None for s in self.states]
+        for i, (rows, state) in enumerate(zip(self.pieces, self.states, strict=True)):
+            if state is not None:
+                self.states[i], bad = mend(state)
+                self.mended[rows] |= bad
         if self.skips_in_a_row < self.config.max_skips:
-            self.say(f"step {self.step}: the {what} became {value}; skipped, {self.skips_in_a_row} in a row, {self.skips} in all")
+            self.say(f"step {self.step + 1}: the {what} became {value}; skipped, {self.skips_in_a_row} in a row, "
+                     f"{self.skips} in all")
             return
         raise UserError(self.gone_wrong(what, value, memory))
 
@@ -486,10 +511,10 @@ class Run:
                for kind, found in (('weights', params), ('gradients', [(name, p.grad) for name, p in params]))}
         where = '; '.join(f"{kind} not finite in {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
                           for kind, names in bad.items() if names)
-        blocks = '; '.join(f"block {b}: theta {t:.3g} eta {e:.3g} alpha {a:.3g} |M| {m:.3g} |S| {s:.3g}" for b, t, e, a, m, s in zip(
-            self.config.memory_blocks(), *memory.values(), strict=True)) if memory else 'no memory'
-        kept = "nothing was saved yet" if self.saved is None else f"{self.saved[0]} keeps the last good one, step {self.saved[1]}"
-        return (f"the {what} became {value} at step {self.step}, {self.skips_in_a_row} steps in a row; {kept}; try a lower "
+        blocks = '; '.join(f"block {b}: " + ' '.join(f"{name} {values[i]:.3g}" for name, values in memory.items())
+                           for i, b in enumerate(self.config.memory_blocks()))
+        kept = "{} keeps the last good one, step {}".format(*self.saved) if self.saved else "nothing was saved yet"
+        return (f"the {what} became {value} at step {self.step + 1}, {self.skips_in_a_row} steps in a row; {kept}; try a lower "
                 f"learning_rate or memory_lr, or memory_stable=True. {where}. {blocks}")
 
     @torch.no_grad()
@@ -502,7 +527,7 @@ class Run:
         self.raw.eval()
         self.raw.set_chunk_len(config.chunk_len)
         for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
-            total, state = torch.zeros(2, dtype=torch.float64, device=self.device), None  # loss, and the targets it is of
+            total, count, state = 0.0, 0, None  # loss, and the targets it is of
             # each process has every world-th batch or, of those that go on, some rows; all do as many steps
             stream, mine = split == 'val_stream', slice(*(config.batch_size * r // world for r in (rank, rank + 1)))
             for i in range(0, config.eval_iters, 1 if stream else world):
@@ -519,8 +544,8 @@ class Run:
                     _, loss, after = self.raw(x, y, state, config.update_memory, weights, begins)
                 state = after if stream else None
                 if counts:
-                    total += torch.stack((loss.double() * y.numel(), (y >= 0).sum().double()))
-            total, count = self.process.sum(total).tolist()
+                    total, count = total + loss.item() * y.numel(), count + (y >= 0).sum().item()
+            total, count = self.process.sum(total, count)
             losses[split] = total / max(count, 1)
         self.raw.train()
         return losses
@@ -544,15 +569,24 @@ class Run:
         if self.wandb:
             self.wandb.log(metrics, step=self.step)
 
-    def open_logs(self):
-        config = self.config
-        if not self.process.main or config.eval_only:
+    def prepare_folder(self):
+        """out_dir without what a killed run left half-written and, for a new run, without what one before has saved."""
+        if self.config.eval_only:
             return
         try:
-            os.makedirs(config.out_dir, exist_ok=True)
-            checkpoint.sweep(config.out_dir)
-            if not self.resumed:
-                checkpoint.set_aside(config.out_dir)
+            os.makedirs(self.config.out_dir, exist_ok=True)
+            checkpoint.sweep(self.config.out_dir)
+            n = None if self.resumed else checkpoint.set_aside(self.config.out_dir)
+        except OSError as error:
+            raise UserError(f"cannot write {self.config.out_dir}: {error.strerror}") from None
+        if n:
+            print(f"what an earlier run left in {self.config.out_dir} is now in its folder earlier-{n}")
+
+    def open_logs(self):
+        config = self.config
+        if config.eval_only:
+            return
+        try:
             kept = []
             if self.resumed and os.path.exists(self.log_path):
                 with open(self.log_path, encoding='utf-8') as f:  # what came after the checkpoint will come again
@@ -587,8 +621,9 @@ class Run:
                                   f" x {config.gradient_accumulation_steps})"),
                 ('device', f"{self.device}{', compiled' if config.compile else ''}"), ('attention', self.attention)]
         if self.process.launched:
-            rows.append(('processes', f"{self.process.world}, {self.parallel}; {math.ceil(self.rows / self.process.world)} rows "
-                                      f"of a step each, in {len(self.pieces)} micro-batches"))
+            most = math.ceil(self.rows / self.process.world)
+            rows.append(('processes', f"{self.process.world}, {self.parallel}; each {most} of a step's {self.rows} rows, in "
+                                      f"{len(self.pieces)} micro-batches"))
         if config.memory_blocks():
             alpha, eta = config.memory_decay, config.memory_momentum
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
@@ -614,7 +649,7 @@ class Run:
         config = self.config
         resumed_at, since, steps, speed = self.step if self.resumed else -1, time.time(), 0, None
         tokens = self.rows * config.block_size
-        resume = f"{' '.join(a for a in sys.argv if not a.startswith('--init_from'))} --init_from=resume"
+        resume = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from')), '--init_from=resume'])
         resume = f"{'torchrun ...' if self.process.launched else 'python'} {resume}"
         while True:
             last = self.step >= config.max_iters
@@ -624,11 +659,11 @@ class Run:
                 if config.eval_only:
                     self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()))
                     return 0
-                best = losses['val'] < self.best_val_loss
-                self.best_val_loss = min(self.best_val_loss, losses['val'])
+                best = self.step > 0 and losses['val'] < self.best_val_loss
+                self.best_val_loss = losses['val'] if best else self.best_val_loss
                 self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
                          **{f"{k}_loss": v for k, v in losses.items()})
-                if self.step and not self.skips_in_a_row:
+                if self.step:
                     self.save(best)
                 since += time.time() - began
             stop, busy = self.process.any(self.signals.name, self.saver is not None and self.saver.busy)
@@ -637,10 +672,12 @@ class Run:
             if stop or last or not busy:
                 self.finish_saving()
             if stop:
-                self.say(f"stopped by {self.signals.name or 'another process'} after step {self.step}, saved; go on with: {resume}")
-                return 130 if self.signals.name == 'SIGINT' else 0  # the other signals are a scheduler's, which takes this as done
+                saved = 'saved' if self.saved and self.saved[1] == self.step else 'not saved, since not finite'
+                self.say(f"stopped by {self.signals.name or 'another process'} after step {self.step}, {saved}; "
+                         f"go on with: {resume}")
+                return 130 if self.signals.name == 'SIGINT' else 0  # the others are a scheduler's, and no failure
             if last:
-                if self.saver and self.process.main:
+                if self.saver and self.saved and self.process.main:
                     sharded.to_plain(config.out_dir)
                 return 0
             loss, norm, memory = self.train_step()
@@ -652,9 +689,9 @@ class Run:
                 gates = "theta {theta:.4f} alpha {alpha:.6f} | ".format(**mean) if mean and config.update_memory else ""
                 skips = f"{self.skips} skipped | " if self.skips else ""
                 lr, left = get_lr(self.step - 1, config), clock((config.max_iters - self.step) * speed)
-                self.log(f"loss {loss:.4f} | {gates}{skips}lr {lr:.1e} | {tokens / spent:,.0f} tok/s | {spent * 1000:.0f} ms/iter"
-                         f" | {left} left", loss=loss, lr=lr, grad_norm=norm, skips=self.skips, memory=memory,
-                         tokens_per_s=tokens / spent)
+                self.log(f"loss {loss:.4f} | {gates}{skips}lr {lr:.1e} | {tokens / spent:,.0f} tok/s | "
+                         f"{spent * 1000:.0f} ms/iter | {left} left", loss=loss, lr=lr, grad_norm=norm, skips=self.skips,
+                         memory=memory, tokens_per_s=tokens / spent)
                 since, steps = time.time(), 0
 
 
@@ -663,7 +700,7 @@ def train(config):
     this = Run(config)
     try:
         with this.signals:
-            this.open_logs()
+            this.process.on_main(this.open_logs)
             this.table()
             return this.loop()
     finally:

@@ -2,6 +2,7 @@
 Training runs in processes of their own, several of them as torchrun would start them, to be killed at will. They are forked
 from a server that has imported torch, so that one starts in a moment.
 """
+import functools
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ def work(config, environment, path):
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', closefd=False)
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend='aot_eager')  # the tracing and its backward, without the wait
     sys.argv = ['train.py']
     parallel.run(lambda _: train.train(config))
 

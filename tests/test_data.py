@@ -30,7 +30,7 @@ def corpus(tmp_path, monkeypatch):
 
 @needs_gpt2
 def test_a_corpus_goes_on_where_it_was_killed(corpus):
-    """kill -9 once the first shard is done: the same files, to the byte; every document once, in order; the rest for validation."""
+    """kill -9 once the first shard is done: the same files to the byte; every document once, in order, or in validation."""
     pytest.importorskip('datasets')
     argv = ['openwebtext', '--source=corpus', '--shard_tokens=50000', '--num_proc=1']
     prepare.main([*argv, '--data_dir=whole'])

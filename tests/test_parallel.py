@@ -45,15 +45,16 @@ def whole_run(data_dir, tmp_path, **options):
 @pytest.mark.parametrize('world, parallel, options', [
     (2, 'ddp', {'carry_state': True, 'tbptt': 5}), (3, 'ddp', {'batch_size': 1, 'gradient_accumulation_steps': 7}),
     (2, 'ddp', {'arch': 'mal', 'memory_layers': '1', 'carry_state': True, 'window_len': 8}), (4, 'ddp', {'memory_depth': 2}),
-    (2, 'ddp', {'update_memory': False}), (2, 'fsdp', {'carry_state': True, 'doc_reset': True}),
+    (2, 'ddp', {'update_memory': False, 'compile': True}), (2, 'fsdp', {'carry_state': True, 'doc_reset': True}),
     (2, 'fsdp', {'batch_size': 1, 'gradient_accumulation_steps': 7, 'checkpoint_segments': True}),
-    (2, 'fsdp', {'arch': 'mag', 'carry_state': True, 'window_len': 8}), (1, 'fsdp', {'update_memory': False, 'arch': 'lmm'}),
+    (2, 'fsdp', {'arch': 'mag', 'carry_state': True, 'window_len': 8}), (2, 'fsdp', {'compile': True}),
+    (1, 'fsdp', {'update_memory': False, 'arch': 'lmm'}),
     (4, 'fsdp', {'memory_depth': 2, 'write_cost': 0.1, 'cost_from': 0.0, 'tbptt': 5, 'num_longterm_mem': 2})],
     ids=str)
 def test_many_processes_train_as_one(data_dir, tmp_path, world, parallel, options):
     """20 steps, the same tokens in each whatever the number of processes: losses to 1e-5, and the weights they come to."""
     options = {'gradient_accumulation_steps': 4, 'max_iters': 20, 'eval_interval': 10, 'eval_iters': 3} | options
-    one, losses = whole_run(data_dir, tmp_path, **options)
+    one, losses = whole_run(data_dir, tmp_path, **options | {'compile': False})
     many = tiny(data_dir, out_dir=str(tmp_path / 'many'), parallel=parallel, **options)
     close(losses, curve(run(many, world)), 1e-5)
     assert f'{world}, {parallel};' in said(many)
@@ -122,9 +123,15 @@ def test_rows_are_shared_out_whole(monkeypatch, rows, most, world):
         process.share(rows, most)
 
 
-def test_what_needs_torchrun_says_so(data_dir, tmp_path):
+def test_what_needs_torchrun_says_so(data_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='needs torchrun'):
         train.train(tiny(data_dir, out_dir=str(tmp_path / 'out'), parallel='fsdp'))
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    with pytest.raises(UserError, match='give --init_from=auto'):
+        train.train(tiny(data_dir, out_dir=str(tmp_path / 'out')))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='start several processes with torchrun'):
+        train.train(tiny(data_dir, out_dir=str(tmp_path / 'out')))
 
 
 # -- documents

@@ -16,6 +16,7 @@ import checkpoint
 import train
 from configurator import UserError
 from dataset import Dataset, Tokenizer, Writer
+from model import map_state
 from train import Run, TrainConfig
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,6 +36,12 @@ def tiny(data_dir, **options):
                'segment_len': 8, 'chunk_len': 4, 'batch_size': 2, 'max_iters': 6, 'eval_interval': 3, 'eval_iters': 1,
                'log_interval': 1, 'learning_rate': 1e-2, 'warmup_iters': 2, 'device': 'cpu'} | options
     return TrainConfig(data_dir=data_dir, **options)
+
+
+def tensors(state):
+    found = []
+    map_state(lambda x: found.append(x) or x, state)
+    return found
 
 
 def same(a, b):
@@ -249,7 +256,7 @@ def test_numbers_that_stay_wrong_stop_the_run(data_dir, tmp_path, monkeypatch, c
     monkeypatch.setattr(Run, 'batch', poison)
     with pytest.raises(UserError) as error:
         train.train(config)
-    for words in ('loss became nan at step 7, 4 steps in a row', 'keeps the last good one, step 3',
+    for words in ('loss became nan at step 8, 4 steps in a row', 'keeps the last good one, step 3',
                   'weights not finite in blocks.1.norm_2.weight', 'block 0: theta 0.', '|M|'):
         assert words in str(error.value), error.value
     assert 'skipped, 3 in a row, 3 in all' in capsys.readouterr().out
@@ -266,7 +273,7 @@ def test_a_step_that_goes_wrong_is_skipped_and_counted(data_dir, tmp_path, what)
     moments = [s['exp_avg'].clone() for s in run.optimizer.state.values()]
     last, forward = run.raw.blocks[-1], run.raw.blocks[-1].forward
     if what == 'memory':
-        run.states[0].blocks[0].memory.surprise[0].fill_(math.nan)
+        run.states[0].blocks[0].memory.surprise[0][0].fill_(math.nan)
     elif what == 'loss':
         last.forward = lambda *args: (forward(*args)[0] * math.nan, forward(*args)[1])
     else:
@@ -275,11 +282,15 @@ def test_a_step_that_goes_wrong_is_skipped_and_counted(data_dir, tmp_path, what)
     assert not (math.isfinite(loss) and math.isfinite(norm)) and (run.step, run.skips) == (2, 1)
     assert same(before, list(run.raw.state_dict().values()))
     assert same(moments, [s['exp_avg'] for s in run.optimizer.state.values()])
-    assert (run.states[0] is None) == (what == 'memory')
+    assert run.mended.tolist() == [what == 'memory', False] and all(x.isfinite().all() for x in tensors(run.states[0]))
+    run.save()
+    assert (run.saved is None) == (what == 'memory')
     last.forward = forward
     handle.remove() if what == 'gradient' else None
     loss, norm, _ = run.train_step()
-    assert math.isfinite(loss) and math.isfinite(norm) and (run.skips, run.skips_in_a_row) == (1, 0)
+    assert math.isfinite(loss) and math.isfinite(norm) and (run.skips, run.skips_in_a_row) == (1, 0) and not run.mended.any()
+    run.save()
+    assert run.saved[1] == 3
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -292,7 +303,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(UserError, match='No space left.*untouched'):
         checkpoint.save(path, {'step': 2})
-    assert checkpoint.load(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+    assert torch.load(path, weights_only=True)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full to write to')
