@@ -236,9 +236,9 @@ def plan(config):
           f"  {flops / 1e9:.2f} GFLOP and {moved / 1e6:,.0f} MB a token\n"
           f"  {config.gpus} GPUs: {hours[0]:,.1f} h if {config.gpu_share:.0%} of their FLOP/s is reached, "
           f"{hours[1]:,.0f} h if every operation fetches and writes its tensors\n"
-          f"  memory of a GPU, {rows} rows at a time: {(rows * (activations - casts) + casts) / 2 ** 30:,.0f} GiB of activations and "
-          f"of weights in bfloat16, and "
-          f"{held:,.1f} GiB of weights, gradients and moments, sharded {held / config.gpus:,.1f}")
+          f"  memory of a GPU, {rows} rows at a time: {(rows * (activations - casts) + casts) / 2 ** 30:,.0f} GiB of "
+          f"activations and of weights in bfloat16, and {held:,.1f} GiB of weights, gradients and moments, sharded "
+          f"{held / config.gpus:,.1f}")
 
 
 def machine(config):

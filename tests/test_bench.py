@@ -38,3 +38,16 @@ def test_wrong_input(option, message):
     with pytest.raises(UserError, match=message) as error:
         bench.main([option])
     assert '\n' not in str(error.value)
+
+
+def test_a_plan(tmp_path, capsys):
+    """Of a Transformer: three times the FLOPs of its forward pass on paper, bar the attention's; 16 bytes a parameter."""
+    (tmp_path / 'c.py').write_text("arch = 'gpt'\nn_layer = 2\nn_embd = 512\nn_head = 8\nblock_size = 256\nbatch_size = 16\n"
+                                   "vocab_size = 20000\nmax_iters = 1000\n")
+    assert bench.main([f"--plan={tmp_path / 'c.py'}", '--gpus=4']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    C, hidden = 512, 8 * -(-512 // 3)
+    parameters = 20000 * C + 2 * (4 * C * C + 3 * C * hidden + 2 * C) + C
+    assert f'{parameters:,} parameters, {16 * 256 * 1000 / 1e9:.1f}G tokens' in lines[0]
+    assert abs(float(lines[1].split()[0]) / (6e-9 * (parameters - 5 * C + 2 * 2 * 256 * C)) - 1) < 0.03
+    assert '4 GPUs: ' in lines[2] and f'{16 * parameters / 2 ** 30:,.1f} GiB of weights, gradients and moments' in lines[3]
