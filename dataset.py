@@ -137,11 +137,11 @@ class Writer:
 
     def restored(self):
         """Go on from the last turn, if there is one."""
+        if not self.shard_tokens:
+            return False
         try:
             with open(os.path.join(self.folder, 'progress.json'), encoding='utf-8') as f:
                 kept = json.load(f)
-            if not self.shard_tokens:
-                return False
             self.shards, self.documents, self.sums, self.source = (kept[k] for k in ('shards', 'documents', 'sums', 'source'))
         except FileNotFoundError:
             return False

@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import sysconfig
+import threading
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -228,6 +229,14 @@ def encode_document(text):
     return np.array([*tokenizer.encode(text), tokenizer.bpe.eot_token], np.uint16)
 
 
+def end_with_parent():
+    """A process of a pool would wait for ever for one that was killed."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def openwebtext(config):
     crawl('openwebtext', config, 8_013_769, 'Skylion007/openwebtext')
 
@@ -258,7 +267,7 @@ def crawl(name, config, total, *where):
                 stream.load_state_dict(began['stream'])
                 print(f"going on after document {done:,}")
             documents = iter(stream)
-            with (ProcessPoolExecutor(config.num_proc or None, multiprocessing.get_context('spawn')) as pool,
+            with (ProcessPoolExecutor(config.num_proc or None, multiprocessing.get_context('spawn'), end_with_parent) as pool,
                   tqdm(desc=name, unit='doc', total=config.documents or total, initial=done) as bar):
                 # as much text at a time as keeps all processes busy: the pool alone would read ahead without end
                 while batch := [d['text'] for d in itertools.islice(documents, int(max(min(8192, most - done), 0)))]:

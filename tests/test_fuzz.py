@@ -131,7 +131,7 @@ def test_token_files(place, data):
         path.write_bytes(good)
 
 
-@fuzz(150)
+@fuzz(100)
 @given(st.data())
 def test_checkpoints(place, data):
     """Written by someone else, with all its checksums: sampled from, and gone on with."""
