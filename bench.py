@@ -232,6 +232,10 @@ def plan(config):
                                                                           (moved, config.gpu_bytes))]
     size = sum(p.numel() for p in model.parameters())
     held, casts = BYTES_A_PARAMETER * size / 2 ** 30, 2 * size  # autocast keeps the weights it has cast, whatever the rows
+    if run.checkpoint_segments:  # it casts them again, and keeps M and S of each segment
+        casts = 0
+        activations += 8 * sum(p.numel() for b in model.blocks if b.memory is not None for p in b.memory.initial) * math.ceil(
+            run.block_size / run.segment_len)
     print(f"{config.plan}, computed, not measured: {size:,} parameters, {tokens / 1e9:.1f}G tokens\n"
           f"  {flops / 1e9:.2f} GFLOP and {moved / 1e6:,.0f} MB a token\n"
           f"  {config.gpus} GPUs: {hours[0]:,.1f} h if {config.gpu_share:.0%} of their FLOP/s is reached, "

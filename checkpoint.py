@@ -144,7 +144,10 @@ def prune(out_dir, step, keep_last, keep=(), folders=False):
     last = [s for s in found if s <= step][-keep_last:] if keep_last else []
     for s, path in found.items():
         if s not in {*last, *keep}:
-            shutil.rmtree(path) if folders else os.remove(path)
+            try:
+                shutil.rmtree(path) if folders else os.remove(path)
+            except OSError as error:
+                raise UserError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def others(path):

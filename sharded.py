@@ -6,6 +6,7 @@ of each tensor instead of the tensor. They load into any number of processes.
     python sharded.py out/fineweb_760m           # make ckpt.pt, one file, of the newest; and best.pt, if its shards were kept
     python sharded.py out/fineweb_760m 4000      # of the one of step 4000
 """
+import errno
 import io
 import os
 import pickle
@@ -132,6 +133,8 @@ class Saver:
             future.result()
             mine = [name for name in os.listdir(partial) if name.startswith(f'__{self.process.rank}_')]
             files = {name: checksum(os.path.join(partial, name)) for name in mine + ['.metadata'] * self.process.main}
+            if None in files.values():
+                raise OSError(errno.EIO, "cannot read what was written")
         except (Exception, dcp.CheckpointException) as error:  # the second, no Exception, wraps whatever any process met
             problem = checkpoint.reason(*(failure[0] for failure in getattr(error, 'failures', {}).values()), error)
         parts = self.process.gather((files, problem))

@@ -274,7 +274,9 @@ class Run:
         """-> the content of the newest checkpoint and its path; of one in shards, only this process's parts of it."""
         folders, plain = checkpoint.numbered(self.config.out_dir, folders=True), checkpoint.step_of(self.path)
         step = max(folders, default=-1)
-        if self.process.any(self.process.sum(max(step, plain))[0] != max(step, plain) * self.process.world)[0]:
+        if plain < 0 and os.path.exists(self.path):
+            checkpoint.load(self.path)  # says what is wrong with it
+        if self.process.any(self.process.sum(step, plain) != [step * self.process.world, plain * self.process.world])[0]:
             raise UserError(f"the processes see checkpoints of different steps in {self.config.out_dir}; it must be a folder "
                             "that all nodes share")
         if step < 0 or plain > step or (plain == step and self.parallel != 'fsdp'):
@@ -302,6 +304,7 @@ class Run:
             self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
+            self.mended[content.get('mended', [])] = True
             then, data = content['train_config'], content['provenance']['data']
             state = content['state'] if content['format'] == checkpoint.FORMAT else content['states']
             if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):
@@ -335,29 +338,32 @@ class Run:
             if not checkpoint.fits(state, self.config.model_config(), self.rows if path == self.path else mine):
                 raise ValueError("it is of another model, or damaged")
             first = self.pieces[0].start if path != self.path else 0  # shards have given this process's rows alone
-            self.states = [map_state(lambda x: x.to(self.device), checkpoint.select_rows(
-                state, slice(p.start - first, p.stop - first))) if p.stop > p.start else None for p in self.pieces]
+            mine = [checkpoint.select_rows(state, slice(p.start - first, p.stop - first)) for p in self.pieces]
+            self.states = [uncounted(map_state(lambda x: x.to(self.device), s)) if p.stop > p.start else None
+                           for s, p in zip(mine, self.pieces, strict=True)]
         except UserError:
             raise
         except Exception as error:  # anything may stand there
             raise UserError(f"{path}: cannot resume its carried state: {checkpoint.reason(error)}") from None
 
-    def save(self, best=False):
+    def save(self, best_loss=None):
         """
-        ckpt.pt, and best.pt; sharded, ckpt-STEP/, which goes on in the background. Every process calls it, since each has its
-        part of the carried state. What is not finite is not saved.
+        ckpt.pt, and best.pt if this step has the best loss yet; sharded, ckpt-STEP/, which goes on in the background. Every
+        process calls it, since each has its part of the carried state. Weights that are not finite are not saved.
         """
         self.finish_saving()
-        if self.saved and self.saved[1] == self.step and not best:
+        best, there = best_loss is not None, self.saved and self.saved[1] == self.step
+        if there and not best and (self.saver or self.saved[0] == self.path):
             return
-        good = not self.mended.any() and all(local(p.detach()).isfinite().all() for p in self.raw.parameters())
-        if self.process.any(not good)[0]:
+        if self.process.any(not all(local(p.detach()).isfinite().all() for p in self.raw.parameters()))[0]:
+            self.say(f"step {self.step}: not saved, since weights are not finite")
             return
         if best:
-            self.best_step = self.step
+            self.best_step, self.best_val_loss = self.step, best_loss
+        mended = self.process.gather(np.flatnonzero(self.mended).tolist()) or ()
         states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
         content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
-                   'tokenizer': self.data.tokenizer, 'model_config': dataclasses.asdict(self.config.model_config()),
+                   'mended': [row for rows in mended for row in rows], 'tokenizer': self.data.tokenizer, 'model_config': dataclasses.asdict(self.config.model_config()),
                    'train_config': dataclasses.asdict(self.config),
                    'provenance': {'commit': self.commit, 'dataset': self.config.dataset, 'data': self.data.sha256,
                                   'torch': str(torch.__version__)},
@@ -503,6 +509,7 @@ class Run:
             self.say(f"step {self.step + 1}: the {what} became {value}; skipped, {self.skips_in_a_row} in a row, "
                      f"{self.skips} in all")
             return
+        self.finish_saving()
         raise UserError(self.gone_wrong(what, value, memory))
 
     def gone_wrong(self, what, value, memory):
@@ -660,11 +667,10 @@ class Run:
                     self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()))
                     return 0
                 best = self.step > 0 and losses['val'] < self.best_val_loss
-                self.best_val_loss = losses['val'] if best else self.best_val_loss
                 self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
                          **{f"{k}_loss": v for k, v in losses.items()})
                 if self.step:
-                    self.save(best)
+                    self.save(losses['val'] if best else None)
                 since += time.time() - began
             stop, busy = self.process.any(self.signals.name, self.saver is not None and self.saver.busy)
             if stop:
@@ -672,13 +678,13 @@ class Run:
             if stop or last or not busy:
                 self.finish_saving()
             if stop:
-                saved = 'saved' if self.saved and self.saved[1] == self.step else 'not saved, since not finite'
+                saved = 'saved' if self.saved and self.saved[1] == self.step else 'not saved'
                 self.say(f"stopped by {self.signals.name or 'another process'} after step {self.step}, {saved}; "
                          f"go on with: {resume}")
                 return 130 if self.signals.name == 'SIGINT' else 0  # the others are a scheduler's, and no failure
             if last:
-                if self.saver and self.saved and self.process.main:
-                    sharded.to_plain(config.out_dir)
+                if self.saver and self.saved and self.saved[0] != self.path and self.process.main:
+                    sharded.to_plain(config.out_dir, self.saved[1])
                 return 0
             loss, norm, memory = self.train_step()
             steps += 1

@@ -19,7 +19,7 @@ import train
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ['PYTHONPATH'] = os.pathsep.join([HERE, os.path.join(HERE, 'tests'), os.environ.get('PYTHONPATH', '')])
 server = multiprocessing.get_context('forkserver')
-server.set_forkserver_preload(['processes'])
+server.set_forkserver_preload(['processes', 'pytest', 'torch._dynamo'])  # what an optimizer imports, too
 
 
 def work(config, environment, path):

@@ -79,6 +79,9 @@ def test_a_run_moves_from_one_process_to_many_and_back(data_dir, tmp_path):
         config = tiny(data_dir, out_dir=str(tmp_path / 'moved'), max_iters=2 * i + 2, parallel=parallel, init_from='auto',
                       **options)
         run(config, world)
+    config.parallel = 'fsdp'
+    run(config, 2)  # at its end already, in one file newer than all shards
+    assert checkpoint.step_of(os.path.join(config.out_dir, 'ckpt.pt')) == 12
     moved = {(step, key): value for step, key, value in curve(log(config))}
     for step, key, value in losses:
         assert math.isclose(moved[step, key], value, rel_tol=1e-5), (step, key)
