@@ -1,8 +1,9 @@
 """
 A checkpoint is one file of tensors and plain types, loadable with weights_only=True, written whole or not at all:
 
-    format, step, best_val_loss, skips, model_config, train_config, tokenizer, provenance (commit, data checksums),
-    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None)
+    format, step, best_val_loss, best_step, skips, model_config, train_config, tokenizer, provenance (commit, data checksums),
+    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None), mended (those of them
+    that have to begin afresh)
 
 Sharded ones, which FSDP writes, are sharded.py's.
 """

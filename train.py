@@ -364,7 +364,8 @@ class Run:
         states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
         content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
                    'mended': [row for rows in mended for row in rows], 'tokenizer': self.data.tokenizer,
-                   'model_config': dataclasses.asdict(self.config.model_config()), 'train_config': dataclasses.asdict(self.config),
+                   'model_config': dataclasses.asdict(self.config.model_config()),
+                   'train_config': dataclasses.asdict(self.config),
                    'provenance': {'commit': self.commit, 'dataset': self.config.dataset, 'data': self.data.sha256,
                                   'torch': str(torch.__version__)},
                    'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
