@@ -2,7 +2,7 @@
 #   python prepare.py fineweb_edu --subset=sample-100BT
 #   torchrun --standalone --nproc_per_node=8 train.py config/fineweb_760m.py
 # A starting point: never run. Computed (bench.py --plan), not measured, for 8 x H100: 1.01G parameters with the memories,
-# 29.9G tokens; 26 hours at 40% of peak FLOP/s, 300 if every operation goes to memory; 37 GiB of a GPU.
+# 29.9G tokens; 26 hours at 40% of peak FLOP/s, 300 if every operation goes to memory; 47 GiB of a GPU.
 out_dir = 'out/fineweb_760m'
 dataset = 'fineweb_edu'
 init_from = 'auto'   # the same command goes on after a crash
