@@ -178,7 +178,8 @@ class Writer:
     def failed(self, error):
         if not self.shard_tokens:
             shutil.rmtree(self.folder, ignore_errors=True)
-        return UserError(f"cannot write {self.final}: {error.strerror or error}; nothing was changed")
+        after = "the same command goes on from the last shard" if self.shard_tokens else "nothing was changed"
+        return UserError(f"cannot write {self.final}: {error.strerror or error}; {after}")
 
     @property
     def tokens(self):

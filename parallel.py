@@ -172,7 +172,7 @@ def run(main):
         else:
             print(f"{os.path.basename(sys.argv[0])}: rank {os.environ['RANK']} lost another process: "
                   f"{str(error).splitlines()[0]}", file=sys.stderr)
-    except Exception:
+    except Exception:  # a mistake of ours, shown as Python would
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

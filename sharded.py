@@ -180,37 +180,26 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
         for first, last, state in content['state'] or []:
             a, b = max(first, rows.start or 0), min(last, last if rows.stop is None else rows.stop)
             if a < b:
-                pieces.append((slice(a - first, b - first), state))
-        content['state'] = [state for _, state in pieces]
-        reader, tensors = Reader(folder, files), {}
-        index, wanted = reader.read_metadata().state_dict_metadata, {}
-        take_places(content, wanted)
-        for place in wanted:
-            template = like(place)
-            entry = index[place]
-            tensors[place] = (torch.empty(entry.size, dtype=entry.properties.dtype) if template is None
-                              else torch.zeros_like(template, dtype=entry.properties.dtype))
+                pieces.append((first, slice(a - first, b - first), state))
+        content['state'] = [state for _, _, state in pieces]
+        reader, tensors, mine = Reader(folder, files), {}, {first for first, _, _ in pieces}
+        for place, entry in reader.read_metadata().state_dict_metadata.items():
+            if not place.startswith('/state/') or int(place.split('/')[2]) in mine:
+                template = like(place)
+                tensors[place] = (torch.empty(entry.size, dtype=entry.properties.dtype) if template is None
+                                  else torch.zeros_like(template, dtype=entry.properties.dtype))
         with warnings.catch_warnings(action='ignore'):  # that one process loads alone
             dcp.load(tensors, storage_reader=reader, no_dist=process is None or not process.launched)
         del content['files']
         content = put_back(content, tensors)
         states = [checkpoint.select_rows(checkpoint.unpack_state(state, 'cpu'), rows)
-                  for state, (rows, _) in zip(content['state'], pieces, strict=True)]
+                  for state, (_, rows, _) in zip(content['state'], pieces, strict=True)]
         content['state'] = checkpoint.pack_state(checkpoint.join_rows(states)) if states else None
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{folder}: not a readable checkpoint, incomplete or not ours ({type(error).__name__})") from None
     return content
-
-
-def take_places(content, places):
-    """All {'tensor': place} of content, into the dict `places`."""
-    if isinstance(content, dict) and set(content) == {'tensor'}:
-        places[content['tensor']] = None
-    elif isinstance(content, (dict, list)):
-        for value in content.values() if isinstance(content, dict) else content:
-            take_places(value, places)
 
 
 def main(argv):
@@ -228,10 +217,9 @@ def main(argv):
     return 0
 
 
-def to_plain(out_dir, step=None):
-    """Write ckpt.pt from the shards of a step, or the last; and best.pt, if those of the best step are there too."""
+def to_plain(out_dir, step):
+    """Write ckpt.pt from the shards of a step; and best.pt, if those of the best step are there too."""
     found = checkpoint.numbered(out_dir, folders=True)
-    step = max(found) if step is None else step
     path, best = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt'))
     content = load(found[step])
     kept = content.get('best_step') if content['train_config'].get('keep_best', True) else None

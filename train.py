@@ -321,6 +321,7 @@ class Run:
         """Each row goes on with the state it had, on whichever process it now is."""
         if content['format'] != checkpoint.FORMAT:
             raise UserError(f"{path} carries a state of an older version; resume with carry_state=False")
+
         def reads(config):
             """What says which text a row reads."""
             return {'block_size': config.block_size, 'seed': config.seed,

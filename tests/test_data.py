@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import HERE
+from test_cli import needs_gpt2
 
 import prepare
 from configurator import UserError
 from dataset import Dataset, Tokenizer, Writer
-
-needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='no TIKTOKEN_CACHE_DIR with the GPT-2 files')
 
 
 @pytest.fixture()
