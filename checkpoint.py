@@ -18,7 +18,8 @@ import zipfile
 import torch
 
 from configurator import UserError
-from model import BlockState, KVCache, MemoryState, Pending, TitansConfig, TitansGPT, TitansState, map_state
+from gpt2 import MODELS
+from model import BlockState, KVCache, MemoryState, Pending, TitansConfig, TitansState, map_state
 
 FORMAT = 4  # 1: what was learned meant something else
 READABLE = (2, 3, 4)  # 2, 3: a carried state was made of other parts
@@ -124,6 +125,17 @@ def step_of(path):
         return -1
 
 
+def config_there(out_dir):
+    """The model_config of the newest checkpoint in out_dir; {} if it cannot be read."""
+    folders, path = numbered(out_dir, folders=True), os.path.join(out_dir, 'ckpt.pt')
+    if folders and max(folders) > step_of(path):
+        path = os.path.join(folders[max(folders)], 'content.pt')
+    try:
+        return dict(torch.load(path, map_location='cpu', mmap=True, weights_only=True)['model_config'])
+    except Exception:  # load() will say what is wrong with it
+        return {}
+
+
 # -- those kept beside the last
 
 
@@ -188,10 +200,10 @@ def build(content, path, dropout=None):
         if options.n_layer > len(content['model']):  # before so many are made
             raise ValueError(f"{options.n_layer} layers of {len(content['model'])} tensors")
         with torch.device('meta'):  # nor is memory taken for what is not there
-            shapes = {name: x.shape for name, x in TitansGPT(options).state_dict().items()}
+            shapes = {name: x.shape for name, x in MODELS[options.backbone](options).state_dict().items()}
         if shapes != {name: x.shape for name, x in content['model'].items()}:
             raise ValueError("other tensors, or of another shape")
-        model = TitansGPT(options)
+        model = MODELS[options.backbone](options)
         model.load_state_dict(content['model'])
     except Exception as error:  # anything may stand there
         raise UserError(f"{path}: the weights do not fit the configuration beside them: {reason(error)}") from None
@@ -231,7 +243,7 @@ def fits(state, config, rows):
             return type(x) is type(like) and len(x) == len(like) and all(map(same, like, x))
         return type(x) is type(like) or (like is None and isinstance(x, torch.Tensor))  # KVCache.own, from the first reset on
     with torch.device('meta'):
-        return same(TitansGPT(config).init_state(1), state)
+        return same(MODELS[config.backbone](config).init_state(1), state)
 
 
 def unpack_state(packed, device):

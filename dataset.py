@@ -420,7 +420,7 @@ class Dataset:
     def room(self, split, block_size):
         """How many offsets a block and its targets can start from; of documents, how many units there are."""
         if self.row_len and block_size >= self.row_len:
-            longer = f", or prepare longer rows with --block_size={block_size}" if self.name == 'needle' else ''
+            longer = f", or prepare longer rows with --block_size={block_size}" if self.name in ('needle', 'talk') else ''
             raise UserError(f"block_size={block_size}: a row of {self.folder} has {self.row_len - 1} tokens and their targets; "
                             f"lower it{longer}")
         if self.tokens[split] < block_size + 1:

@@ -43,6 +43,7 @@ import kernels
 class TitansConfig:
     """Every option of the model. Raises ValueError, naming the options, on a combination that cannot work."""
     arch: Literal['mac', 'mag', 'mal', 'lmm', 'gpt'] = 'mac'  # memory as context, gate, layer; alone; a Transformer
+    backbone: Literal['titans', 'gpt2'] = 'titans'  # the Transformer around it: this file's, or GPT-2's (gpt2.py)
     block_size: int = 1024      # tokens of a training sequence, and the attention window of 'gpt'
     vocab_size: int = 50304     # 0 = as many as the data set has (filled in by the trainer)
     n_layer: int = 12
@@ -72,6 +73,8 @@ class TitansConfig:
         if self.arch not in BLOCKS:
             raise ValueError(f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
         unused = self.unused()
+        if self.backbone not in ('titans', 'gpt2'):
+            raise ValueError(f"backbone='{self.backbone}' is not one of titans, gpt2")
 
         def need(ok, message, *names):
             if not ok and not unused & set(names):
@@ -102,6 +105,9 @@ class TitansConfig:
             ends = ends if self.memory_gates == 'sigmoid' else (0, 1)  # those that a gate may start at
             need(0 < value < 1 or value in ends, f"{name}={value} must be in {'(' if ends[0] is None else '['}0, 1"
                  f"{')' if ends[1] is None else ']'} with memory_gates='{self.memory_gates}'", name)
+        need(self.backbone == 'titans' or self.bias, "backbone='gpt2' needs bias=True: GPT-2 has them")
+        need(self.backbone == 'titans' or self.arch != 'lmm', "arch='lmm' has no attention, and GPT-2 without it is not GPT-2; "
+             "give --arch=mac, mag, mal or gpt")
         if self.memory_gates == 'hard':  # nothing would ever tell such a gate to close
             need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1",
                  'memory_decay')
@@ -119,6 +125,13 @@ class TitansConfig:
         if not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
             raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
         return blocks
+
+    def stretch_name(self):
+        """The option that says how far one attention reaches."""
+        return {'mac': 'segment_len', 'gpt': 'block_size'}.get(self.arch, 'window_len')
+
+    def stretch(self):
+        return getattr(self, self.stretch_name())
 
     def unused(self):
         """The names of the options that make no difference to this architecture, or without a memory."""
@@ -498,10 +511,13 @@ class Attention(nn.Module):
         """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C).   2 of (len(at), D)"""
         return [table[at] for table in rotary(length, x.size(2) // self.n_head, x.dtype, x.device)]
 
-    def qkv(self, x, angles):
+    def turn(self, x, angles):
+        return kernels.rotate(x, *angles)
+
+    def qkv(self, x, angles=None):
         """x (B, T, C) -> q, k, v (B, n_head, T, D), the first two turned by angles, cos and sin (T, D)."""
         q, k, v = (self.split(part) for part in self.c_attn(x).chunk(3, dim=-1))
-        return kernels.rotate(q, *angles), kernels.rotate(k, *angles), v
+        return self.turn(q, angles), self.turn(k, angles), v
 
     def kv_weights(self):
         """Of the projection to keys and values alone, for kv(): cut out once a call, for many segments."""
@@ -511,7 +527,7 @@ class Attention(nn.Module):
     def kv(self, x, weights, angles=None):
         """k, v (B, n_head, T, D) of tokens that ask nothing themselves (persistent, retrieved); no angles: at position 0."""
         k, v = (self.split(part) for part in F.linear(x, *weights).chunk(2, dim=-1))
-        return k if angles is None else kernels.rotate(k, *angles), v
+        return k if angles is None else self.turn(k, angles), v
 
     def forward(self, q, k, v, mask=None):
         """q (B, n_head, T, D) over k, v (B, n_head, S, D), those that mask (..., T, S) lets it see; None: all up to its own."""
@@ -572,14 +588,15 @@ class Block(nn.Module):
     the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
     """
     unused = ()  # options of TitansConfig that the architecture does not look at
+    Norm, Attention, MLP = RMSNorm, Attention, MLP
 
     def __init__(self, config, has_memory):
         super().__init__()
         C, unused = config.n_embd, self.unused
         self.window = config.block_size if 'window_len' in unused else config.window_len
-        self.norm_1, self.norm_2 = RMSNorm(C), RMSNorm(C)
-        self.attn = None if 'n_head' in unused else Attention(config)
-        self.mlp, self.drop = MLP(config), nn.Dropout(config.dropout)
+        self.norm_1, self.norm_2 = self.Norm(C), self.Norm(C)
+        self.attn = None if 'n_head' in unused else self.Attention(config)
+        self.mlp, self.drop = self.MLP(config), nn.Dropout(config.dropout)
         P = 0 if 'num_persist_mem' in unused else config.num_persist_mem
         self.persist = nn.Parameter(torch.randn(1, P, C)) if P else None
         self.memory = NeuralMemory(config) if has_memory else None
@@ -751,12 +768,16 @@ class MACBlock(Block):
             pos = at.repeat_interleave(2)
         kv = KVCache(*(torch.cat((old.to(k.dtype), new), dim=2) for old, new in zip(state.kv[:2], (k, v), strict=True)),
                      torch.cat((state.kv.pos, pos)))
-        y = self.attn(q, *kv[:2], visible(at, kv.pos))  # (B, n, C)
+        y = self.look(q, kv, at)  # (B, n, C)
         state = state._replace(kv=kv)
         if self.memory is not None:
             m, state = self.remember(self.norm_z(torch.addcmul(x, self.share, y)), state, update_memory)
             y = y + m
         return y, state
+
+    def look(self, q, kv, at):
+        """Queries at `at` (n,) over the segment so far, and what stands before it."""
+        return self.attn(q, *kv[:2], visible(at, kv.pos))
 
     def compile_step(self):
         """As in Block, but a whole segment instead of the write in it."""
@@ -801,6 +822,8 @@ BLOCKS = {'mac': MACBlock, 'mag': MAGBlock, 'mal': MALBlock, 'lmm': LMMBlock, 'g
 
 
 class TitansGPT(nn.Module):
+    BLOCKS, Norm = BLOCKS, RMSNorm
+
     def __init__(self, config):
         super().__init__()
         if config.vocab_size < 1:
@@ -809,8 +832,8 @@ class TitansGPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         with_memory = config.memory_blocks()
-        self.blocks = nn.ModuleList(BLOCKS[config.arch](config, i in with_memory) for i in range(config.n_layer))
-        self.norm_f = RMSNorm(config.n_embd)
+        self.blocks = nn.ModuleList(self.BLOCKS[config.arch](config, i in with_memory) for i in range(config.n_layer))
+        self.norm_f = self.Norm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
@@ -856,6 +879,10 @@ class TitansGPT(nn.Module):
     def init_state(self, batch_size):
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))
 
+    def embed(self, idx, pos):
+        """idx (B, T), the first the pos-th of its text -> (B, T, C)"""
+        return self.wte(idx)
+
     def forward(self, idx, targets=None, state=None, update_memory=True, weights=None, begins=None):
         """
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
@@ -866,7 +893,7 @@ class TitansGPT(nn.Module):
         memory, no key in sight. t is where a segment begins (mac) or a chunk (the others), else ValueError.
         """
         pos, before = (0, [None] * len(self.blocks)) if state is None else state
-        x, blocks = self.drop(self.wte(idx)), []
+        x, blocks = self.drop(self.embed(idx, pos)), []
         for block, block_state in zip(self.blocks, before, strict=True):
             x, block_state = block(x, block_state, pos, update_memory, begins)
             blocks.append(block_state)

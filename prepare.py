@@ -8,6 +8,7 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py fineweb_edu          FineWeb-Edu, GPT-2 BPE, 10 billion tokens; --subset=sample-100BT for more
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
     python prepare.py needle               needles in haystacks: training rows and an evaluation set, needs no network
+    python prepare.py talk                 conversations with things to remember, needs no network
     python prepare.py recall               pairs to be recalled three segments later, needs no network
 
 --source=PATH takes what is already on disk instead of a download: a file (shakespeare*), a folder of .parquet or .jsonl files
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 import needle as needles
 import recall as recalls
+import talk as talks
 from configurator import UserError, load, run
 from dataset import WORD, Dataset, Tokenizer, Writer
 
@@ -55,11 +57,11 @@ class PrepareConfig:
     subset: str = 'sample-10BT'  # fineweb_edu: which configuration of it
     documents: int = 0      # openwebtext, fineweb_edu: how many; 0 = all
     shard_tokens: int = 100_000_000  # openwebtext, fineweb_edu: tokens of a file
-    haystack: str = ''      # needle: a prepared data set or a file of text; '' = the Python language reference
-    block_size: int = 256   # needle: tokens of a training row
-    rows: int = 32768       # needle, recall: training rows, and a sixteenth as many for validation
-    words: int = 768        # needle: words that are tokens, beside the 256 bytes that spell the rest
-    seed: int = 1337        # needle, recall
+    haystack: str = ''      # needle, talk: a prepared data set or a file of text; '' = the Python language reference
+    block_size: int = 256   # needle, talk: tokens of a training row
+    rows: int = 32768       # needle, talk, recall: training rows, and a sixteenth as many for validation
+    words: int = 768        # needle, talk: words that are tokens, beside the 256 bytes that spell the rest
+    seed: int = 1337        # needle, talk, recall
 
 
 def download(url, path, sha256=''):
@@ -179,14 +181,14 @@ def haystack_texts(config):
     return whole[:cut], whole[cut:]
 
 
-def word_tokenizer(text, size):
-    """The words of the needles and the most common ones of text, size in all."""
+def word_tokenizer(vocabulary, text, size):
+    """The words of a vocabulary and the most common ones of text, size in all."""
     counts = collections.Counter(piece.decode() for piece in WORD.findall(' '.join(text.split()).encode()) if len(piece) > 1)
-    ours = [piece.decode() for piece in WORD.findall(needles.vocabulary().encode()) if len(piece) > 1]
+    ours = [piece.decode() for piece in WORD.findall(vocabulary.encode()) if len(piece) > 1]
     common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if word.startswith(' ')]
     words = list(dict.fromkeys(ours + common))
     if size < len(dict.fromkeys(ours)):
-        raise UserError(f"words={size} must be at least the {len(dict.fromkeys(ours))} of the needles themselves")
+        raise UserError(f"words={size} must be at least the {len(dict.fromkeys(ours))} that are always needed")
     return Tokenizer({'kind': 'word', 'words': words[:size]})
 
 
@@ -202,7 +204,8 @@ def needle(config):
     if config.tokenizer not in ('auto', 'word', 'gpt2'):
         raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) or gpt2")
     texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
-    tokenizer = Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else word_tokenizer(texts['train'], config.words)
+    tokenizer = Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else word_tokenizer(
+        needles.vocabulary(), texts['train'], config.words)
     what, noise = config.haystack or 'the Python language reference', needles.Haystack(needles.NOISE, tokenizer)
     haystacks = {split: {'noise': noise, 'text': needles.Haystack(text, tokenizer, f"{what} ({split})", least=1000)}
                  for split, text in texts.items()}
@@ -210,6 +213,17 @@ def needle(config):
         for split, rng in draws('needle', config):
             writer.add(split, *needles.training_row(rng, tokenizer, haystacks[split], config.block_size + 1))
         writer.write('eval.json', json.dumps({'haystack': texts['val'], 'samples': needles.evaluation_set(config.seed)}))
+
+
+def talk(config):
+    """Rows of config.block_size tokens and one more, each a conversation of its own."""
+    train, val = haystack_texts(config)
+    tokenizer = word_tokenizer(talks.vocabulary(), train, config.words)
+    noise = needles.sentences(needles.NOISE)
+    texts = {'train': (noise, needles.sentences(train)), 'val': (noise, needles.sentences(val))}
+    with Writer(config.data_dir, 'talk', tokenizer, config.block_size + 1) as writer:
+        for split, rng in draws('talk', config):
+            writer.add(split, *talks.conversation(rng, tokenizer, texts[split], config.block_size + 1))
 
 
 def recall(config):
@@ -297,7 +311,7 @@ def open_stream(datasets, source, where):
 
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu, text, needle,
-                                     recall)}
+                                     talk, recall)}
 
 
 def main(argv):
@@ -306,7 +320,7 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
-    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'recall': ''}
+    instead = {'text': '; give --train_path=FILE', **dict.fromkeys(('needle', 'talk'), '; give --haystack=FILE'), 'recall': ''}
     if config.source and names[0] in instead:
         raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
     for name, least in (('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW), ('documents', 0),

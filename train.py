@@ -26,10 +26,11 @@ import torch
 
 import checkpoint
 import configurator
+import gpt2
 import sharded
 from configurator import UserError
 from dataset import Dataset
-from model import TitansConfig, TitansGPT, detach_state, map_state, nearest, uncounted
+from model import TitansConfig, detach_state, map_state, nearest, uncounted
 from parallel import Process, local, pick_dtype, placed_as, run, whole
 
 
@@ -40,7 +41,8 @@ class TrainConfig(TitansConfig):
     out_dir: str = 'out'
     dataset: str = 'stdlib'
     data_dir: str = 'data'
-    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # auto: resume where there is a checkpoint
+    init_from: str = 'scratch'      # resume; auto: resume where there is a checkpoint; gpt2, gpt2-medium, ... or a folder of one
+    freeze_backbone: bool = False   # with GPT-2: train what was added to it alone
     keep_last: int = 1              # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
     keep_best: bool = True          # and best.pt, of the lowest validation loss
     # evaluation and logging
@@ -119,8 +121,9 @@ class TrainConfig(TitansConfig):
         if 'segment_len' not in self.unused():
             return self.segment_len
         chunks = max(self.chunk_len, self.max_chunk_len) if self.memory_blocks() else math.gcd(self.block_size, 64)
-        windows = 1 if 'num_persist_mem' in self.unused() or not self.num_persist_mem else self.window_len
-        return math.lcm(chunks, windows)  # persistent tokens stand in front of windows
+        # persistent tokens stand in front of windows, and in GPT-2 positions begin there
+        windows = ('num_persist_mem' not in self.unused() and self.num_persist_mem > 0) or self.backbone == 'gpt2'
+        return math.lcm(chunks, self.stretch() if windows else 1)
 
     def chunk_lens(self, most):
         """chunk_len, twice that, ..., up to most"""
@@ -212,9 +215,23 @@ class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
     def __init__(self, config):
-        self.config, self.process = config, Process(config.device)
+        self.process = Process(config.device)
         self.device = self.process.device
+        self.path, self.log_path = (os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl'))
+        there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
+        self.resumed = config.init_from == 'resume' or (config.init_from == 'auto' and self.process.any(there)[0])
+        if self.process.restarts and config.init_from not in ('resume', 'auto'):
+            raise UserError("a restart by torchrun would begin from scratch; give --init_from=auto, or --max-restarts=0")
+        pretrained = None if config.init_from in ('scratch', 'resume', 'auto') else gpt2.fetch(config.init_from)
+        if pretrained is not None:
+            config = gpt2.with_shape(config, gpt2.shape(pretrained))
+        elif self.resumed:  # the command that began from GPT-2 need not say how large that is
+            config = gpt2.with_shape(config, gpt2.shape_there(checkpoint.config_there(config.out_dir)))
+        self.config = config
         self.data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
+        if config.backbone == 'gpt2' and config.vocab_size not in (0, self.data.vocab_size):
+            raise UserError(f"init_from='{config.init_from}' knows {config.vocab_size:,} tokens, data set '{config.dataset}' "
+                            f"has {self.data.vocab_size:,}; prepare one with its tokens, as --tokenizer=gpt2 does")
         if 0 < config.vocab_size < self.data.vocab_size:
             raise UserError(f"vocab_size={config.vocab_size} is smaller than the {self.data.vocab_size} of data set "
                             f"'{config.dataset}'; leave it 0 to take the data set's")
@@ -224,8 +241,6 @@ class Run:
         if self.data.row_len and config.carry_state:
             raise UserError(f"carry_state=True: the rows of data set '{config.dataset}' are texts of their own, none goes on "
                             "where another stopped")
-        self.path = os.path.join(config.out_dir, 'ckpt.pt')
-        self.log_path = os.path.join(config.out_dir, 'log.jsonl')
         self.step, self.best_val_loss, self.best_step, self.saved, self.wandb = 0, math.inf, None, None, None
         self.skips, self.skips_in_a_row, self.signals, self.commit = 0, 0, Signals(), commit()
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
@@ -233,13 +248,14 @@ class Run:
         self.states = [None] * len(self.pieces)  # what their rows carry
         self.mended = np.zeros(self.rows, bool)  # rows that a step gone wrong has left nothing to go on from
 
-        there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
-        self.resumed = config.init_from == 'resume' or (config.init_from == 'auto' and self.process.any(there)[0])
-        if self.process.restarts and config.init_from == 'scratch':
-            raise UserError("a restart by torchrun would begin from scratch; give --init_from=auto, or --max-restarts=0")
-        self.process.on_main(self.prepare_folder)
         torch.manual_seed(config.seed)
-        self.raw = TitansGPT(config.model_config()).to(self.device)  # before DDP, which renames its parameters
+        self.raw = gpt2.MODELS[config.backbone](config.model_config())  # before DDP, which renames its parameters
+        if pretrained is not None:
+            gpt2.put_into(self.raw, pretrained, config.init_from)
+        if config.freeze_backbone:
+            gpt2.freeze(self.raw)
+        self.process.on_main(self.prepare_folder)
+        self.raw.to(self.device)
         self.size = sum(p.numel() for p in self.raw.parameters())
         dtype = pick_dtype(config.dtype, self.device)
         self.parallel = self.process.choose(config.parallel, self.raw)
@@ -623,8 +639,9 @@ class Run:
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
         size = 2 * sum(w.numel() * w.element_size() for b in self.raw.blocks if b.memory is not None for w in b.memory.initial)
         heads = '' if 'n_head' in config.unused() else f"{config.n_head} heads, "
-        rows = [('parameters', f"{self.size:,}  ({config.arch}, {config.n_layer} layers, "
-                               f"{heads}{config.n_embd} wide)"),
+        trained = sum(p.numel() for p in self.raw.parameters() if p.requires_grad)
+        rows = [('parameters', f"{self.size:,}  ({config.arch}, {config.n_layer} layers, {heads}{config.n_embd} wide)"
+                               + (f", of which {trained:,} are trained" if config.freeze_backbone else "")),
                 ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
                 ('tokens a step', f"{tokens:,}  ({config.batch_size} x {config.block_size}"
                                   f" x {config.gradient_accumulation_steps})"),

@@ -1,0 +1,219 @@
+"""
+GPT-2 under the blocks of model.py: its Transformer as it was trained, with a memory beside it through gates that start closed,
+so that at first the model says what GPT-2 says.
+
+GPT-2 knows 1,024 positions, each a learned vector. Text of any length is read in stretches of segment_len (mac), window_len
+(mag, mal) or block_size (gpt) tokens, 1,024 at most. In each of them positions begin at 0 and attention sees nothing of the
+stretch before: it is read as GPT-2 reads a text of its own, and only the memory knows what came earlier.
+
+Retrieved and persistent tokens stay out of the softmax over the text. They have one of their own, and join through a gate
+(LLaMA-Adapter, arXiv 2303.16199). transformers is needed only to fetch and read the weights.
+"""
+import dataclasses
+import difflib
+import os
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import UserError
+from model import Attention, GPTBlock, KVCache, MACBlock, MAGBlock, MALBlock, TitansGPT, pieces, visible
+
+NAMES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
+SHAPE = 'backbone', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias', 'tie_weights'  # options that the weights decide
+
+
+class GPT2Attention(Attention):
+    """Where a token stands came with it: nothing is turned."""
+
+    def turn(self, x, angles):
+        return x
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+
+
+class Graft:
+    """What makes a Block of model.py one of GPT-2: its parts, its way to see, and gates (C,), closed at first."""
+    Norm, Attention, MLP = nn.LayerNorm, GPT2Attention, GPT2MLP
+
+    def __init__(self, config, has_memory):
+        super().__init__(config, has_memory)
+        self.retrieves = has_memory and config.arch == 'mac'
+        self.gate = nn.Parameter(torch.zeros(config.n_embd)) if has_memory else None  # of what is read after writing
+        context = self.retrieves or self.persist is not None
+        self.gate_context = nn.Parameter(torch.zeros(config.n_embd)) if context else None  # of what stands beside the text
+
+    def remember(self, x, state, update_memory):
+        m, state = super().remember(x, state, update_memory)
+        return m if self.gate is None else self.gate * m, state
+
+    def attend(self, x, state, pos):
+        """Attention over the stretch so far; beside it, gated, over the persistent tokens. As in Block."""
+        here, cache, out = pos % self.window, state.kv, []
+        beside = None if self.persist is None else self.attn.kv(self.persist, self.attn.kv_weights())
+        sizes = pieces(here, x.size(1), self.window)
+        for q, k, v in zip(*(part.split(sizes, dim=2) for part in self.attn.qkv(x)), strict=True):
+            n, past = q.size(2), cache.k.size(2)
+            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+            own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
+            mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device))
+            y = self.attn(q, k, v, mask if own is None else mask & own[:, None, None])
+            if beside is not None:
+                context = self.attn(q, *(b.expand(x.size(0), -1, -1, -1) for b in beside), mask.new_ones(1, 1))
+                y = y + self.gate_context * context
+            here = (here + n) % self.window
+            seen = slice(None if here else past + n, None)  # nothing of a stretch that is full
+            cache = KVCache(k[:, :, seen], v[:, :, seen], None, None if own is None else own[:, seen])
+            out.append(y)
+        return torch.cat(out, dim=1), state._replace(kv=cache)
+
+
+class GPT2GPTBlock(Graft, GPTBlock):
+    pass
+
+
+class GPT2MAGBlock(Graft, MAGBlock):
+    pass
+
+
+class GPT2MALBlock(Graft, MALBlock):
+    pass
+
+
+class GPT2MACBlock(Graft, MACBlock):
+    def look(self, q, kv, at):
+        """As in MACBlock, with a softmax for the text and one, gated, for what stands beside it."""
+        first = sum(0 if x is None else x.size(1) for x in (self.persist, self.questions))
+        each = self.retrieves and self.questions is None  # of the rest, every other token was retrieved
+        text = torch.arange(first + each, kv.k.size(2), 1 + each, device=q.device)
+        y = self.attn(q, kv.k[:, :, text], kv.v[:, :, text], visible(at, kv.pos[text]))
+        if self.gate_context is None:
+            return y
+        rest = torch.arange(first, device=q.device)
+        rest = torch.cat((rest, text - 1)) if each else rest
+        return y + self.gate_context * self.attn(q, kv.k[:, :, rest], kv.v[:, :, rest], visible(at, kv.pos[rest]))
+
+
+BLOCKS = {'mac': GPT2MACBlock, 'mag': GPT2MAGBlock, 'mal': GPT2MALBlock, 'gpt': GPT2GPTBlock}
+
+
+class TitansGPT2(TitansGPT):
+    BLOCKS, Norm = BLOCKS, nn.LayerNorm
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wpe = nn.Embedding(config.stretch(), config.n_embd)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+
+    def embed(self, idx, pos):
+        at = (pos + torch.arange(idx.size(1), device=idx.device)) % self.wpe.num_embeddings
+        return self.wte(idx) + self.wpe(at)
+
+    def backbone(self):
+        """{name: parameter} of what GPT-2 has too."""
+        added = ('memory', 'gate', 'persist', 'share', 'norm_z', 'norm_m', 'questions', 'c_last')
+        return {name: p for name, p in self.named_parameters()
+                if not any(part.startswith(added) for part in name.split('.')) and not name.split('.')[2:3] == ['c_proj']}
+
+
+MODELS = {'titans': TitansGPT, 'gpt2': TitansGPT2}  # by TitansConfig.backbone
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# its weights
+
+
+def fetch(source):
+    """transformers' GPT-2 `source`, one of NAMES or a local folder, on the CPU in float32. UserError if it cannot be had."""
+    if source not in NAMES and not os.path.isdir(source):
+        near = difflib.get_close_matches(source, ['scratch', 'resume', 'auto', *NAMES], 1)
+        raise UserError(f"init_from='{source}' is not scratch, resume, auto, one of {', '.join(NAMES)}, nor a folder"
+                        + (f"; did you mean '{near[0]}'?" if near else ""))
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"init_from='{source}' needs transformers: pip install 'nanotitans[transformers]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    remedy = ("connect once, or give a folder that has them" if source in NAMES else
+              "give a folder that transformers' GPT2LMHeadModel.save_pretrained wrote: config.json and model.safetensors")
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind != 'gpt2':
+            raise ValueError(f"its config.json is of a {kind}")
+        found, info = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32,
+                                                                   output_loading_info=True)
+        lacking = [*info['missing_keys'], *info['mismatched_keys']]
+        if lacking:
+            raise ValueError(f"the file has no {lacking[0]} that fits")
+    except Exception as error:  # transformers passes on whatever its libraries raise
+        said = ' '.join(str(error).split())
+        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({type(error).__name__}: {said.split('. ')[0][:160]}); "
+                        f"{remedy}") from None
+    known = {'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'layer_norm_epsilon': (1e-5,),
+             'n_inner': (None, 4 * found.config.n_embd), 'scale_attn_weights': (True,),
+             'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
+    for name, values in known.items():
+        if getattr(found.config, name) not in values:
+            raise UserError(f"init_from='{source}': its {name} is {getattr(found.config, name)}, GPT-2's is {values[0]}")
+    return found
+
+
+def shape(found):
+    """The options that weights of transformers decide."""
+    c = found.config
+    return dict(zip(SHAPE, ('gpt2', c.n_layer, c.n_head, c.n_embd, c.vocab_size, True, c.tie_word_embeddings), strict=True))
+
+
+def shape_there(model_config):
+    """Those of a checkpoint's model_config, if its backbone is GPT-2's."""
+    return {name: model_config[name] for name in SHAPE} if model_config.get('backbone') == 'gpt2' else {}
+
+
+def freeze(model):
+    """Leave only what was added to GPT-2 to be trained. UserError if that is nothing."""
+    backbone = model.backbone() if isinstance(model, TitansGPT2) else {}
+    if not 0 < len(backbone) < len(list(model.parameters())):
+        why = ("nothing was added to GPT-2 that could be trained; give --arch=mac, mag or mal" if backbone else
+               "no part of this model is GPT-2's; give --init_from=gpt2")
+        raise UserError(f"freeze_backbone=True: {why}")
+    for p in backbone.values():
+        p.requires_grad_(False)
+
+
+def with_shape(config, options):
+    """A TrainConfig with some options as the weights have them. UserError if the others do not go with them."""
+    if not options:
+        return config
+    try:
+        new = dataclasses.replace(config, **options)
+    except ValueError as error:
+        raise UserError(f"{error} (n_layer={options['n_layer']}, n_head={options['n_head']} and n_embd={options['n_embd']} are "
+                        "GPT-2's)") from None
+    new.ignored = config.ignored
+    return new
+
+
+@torch.no_grad()
+def put_into(model, found, source):
+    """Copy the weights of transformers' GPT-2 to where they belong. UserError if there are too few positions."""
+    most = found.config.n_positions
+    if model.wpe.num_embeddings > most:
+        raise UserError(f"init_from='{source}' knows {most} positions, too few for stretches of {model.wpe.num_embeddings} "
+                        f"tokens; lower {model.config.stretch_name()} to at most {most}")
+    theirs = found.state_dict()
+    names = {'norm_f': 'ln_f', 'norm_1': 'ln_1', 'norm_2': 'ln_2', 'blocks': 'h'}
+    for name, p in model.backbone().items():
+        key = '.'.join(names.get(part, part) for part in name.split('.'))
+        x = theirs[key if name.startswith('lm_head') else f'transformer.{key}']
+        turned = '.c_' in name and x.dim() == 2  # transformers keeps these (in, out)
+        p.copy_((x.mT if turned else x)[:p.size(0)])
