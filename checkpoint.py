@@ -27,6 +27,11 @@ STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryS
 
 
 def save(path, content, copies=()):
+    """A checkpoint, and under the other names in `copies` too. UserError if it cannot be written."""
+    write(path, {'format': FORMAT, **content}, copies)
+
+
+def write(path, content, copies=()):
     """
     Write beside, sync, rename, first for the other names in `copies`, which share its place on the disk: a kill or a full disk
     leaves every file as it was or as it should be. UserError if it cannot be written.
@@ -34,7 +39,7 @@ def save(path, content, copies=()):
     partial = path + '.partial'
     try:
         with open(partial, 'wb') as f:
-            torch.save({'format': FORMAT, **content}, f)
+            torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
         for copy in copies:
@@ -44,7 +49,7 @@ def save(path, content, copies=()):
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
-        kept = "; the checkpoint before it is untouched" if os.path.exists(path) else ""
+        kept = "; the one before it is untouched" if os.path.exists(path) else ""
         raise UserError(f"cannot save {path}: {reason(error)}{kept}") from None
 
 
@@ -98,15 +103,7 @@ def load(path):
         if numbered(folder, folders=True):
             raise UserError(f"{path}: only sharded checkpoints here; make it with: python sharded.py {folder}")
         raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums it has written
-            damaged = file.testzip()
-        content = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a readable checkpoint, truncated or not ours ({type(error).__name__})"
-                        f"{others(path)}") from None
-    if damaged:
-        raise UserError(f"{path}: damaged, {damaged} differs from its checksum{others(path)}")
+    content = read(path, 'checkpoint', others(path))
     if not isinstance(content, dict) or content.get('format') not in READABLE:
         raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
     kinds = {'step': int, 'best_val_loss': float, 'model_config': dict, 'train_config': dict, 'tokenizer': dict,
@@ -114,6 +111,19 @@ def load(path):
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind) or isinstance(content[key], bool):
             raise UserError(f"{path}: not a readable checkpoint: its {key} is no {kind.__name__} but {content.get(key)!r:.40}")
+    return content
+
+
+def read(path, what, instead=''):
+    """What write() wrote, on the CPU. UserError, with `instead` at its end, if the file is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums it has written
+            damaged = file.testzip()
+        content = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{path}: not a readable {what}, truncated or not ours ({type(error).__name__}){instead}") from None
+    if damaged:
+        raise UserError(f"{path}: damaged, {damaged} differs from its checksum{instead}")
     return content
 
 
@@ -222,12 +232,15 @@ def same_model(content, config, path):
             f"{k}={theirs[k]!r} there, {ours[k]!r} asked for" for k in differ) + "; give the options it was trained with")
 
 
-def pack_state(state):
-    """A TitansState as plain types: dicts for its tuples with names, lists for those without."""
+def pack_state(state, copies=None):
+    """A TitansState as plain types: dicts for its tuples with names, lists for those without. What it has twice stays one."""
+    copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
-        return state.detach().cpu().clone()
+        if id(state) not in copies:
+            copies[id(state)] = state.detach().cpu().clone()
+        return copies[id(state)]
     if isinstance(state, tuple):
-        items = [pack_state(x) for x in state]
+        items = [pack_state(x, copies) for x in state]
         return dict(zip(state._fields, items, strict=True)) if hasattr(state, '_fields') else items
     return state
 

@@ -156,9 +156,8 @@ def fetch(source):
         if lacking:
             raise ValueError(f"the file has no {lacking[0]} that fits")
     except Exception as error:  # transformers passes on whatever its libraries raise
-        said = ' '.join(str(error).split())
-        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({type(error).__name__}: {said.split('. ')[0][:160]}); "
-                        f"{remedy}") from None
+        said = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:160]}"
+        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({said}); {remedy}") from None
     known = {'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'layer_norm_epsilon': (1e-5,),
              'n_inner': (None, 4 * found.config.n_embd), 'scale_attn_weights': (True,),
              'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}

@@ -923,8 +923,8 @@ class TitansGPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                state=None, update_memory=True):
         """
-        Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T >= 1), one at a time; *return* the state in which the
-        prompt and all of them have been read exactly once, to pass on as `state` (`state = yield from model.stream(...)`).
+        Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T >= 1), one at a time, each with the state in which all
+        before it has been read exactly once: to go on from there, pass on that state and begin the next prompt with the token.
         The prompt is read once, then a token costs the same however long the context is. temperature=0 is greedy.
         top_k keeps the k likeliest, top_p (nucleus, arXiv 1904.09751) the fewest that make up p, min_p (arXiv 2407.01082)
         those at least min_p times as likely as the likeliest; repetition_penalty (arXiv 1909.05858) > 1 makes the tokens of
@@ -935,17 +935,16 @@ class TitansGPT(nn.Module):
         for piece in idx.split(self.config.block_size, dim=1):  # a long prompt needs no more memory than a training step
             logits, _, state = self(piece, state=state, update_memory=update_memory)
         seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
-        for _ in range(max_new_tokens):
+        for made in range(1, max_new_tokens + 1):
             token = draw(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
             seen = seen.scatter(1, token, True)
-            yield token
-            logits, _, state = self(token, state=state, update_memory=update_memory)
-        return state
+            yield token, state
+            if made < max_new_tokens:
+                logits, _, state = self(token, state=state, update_memory=update_memory)
 
     def generate(self, idx, max_new_tokens, *args, **options):
         """The prompt idx (B, T) and its continuation (B, T + max_new_tokens); the other arguments are those of stream()."""
-        tokens = itertools.islice(self.stream(idx, max_new_tokens, *args, **options), max_new_tokens)
-        return torch.cat((idx, *tokens), dim=1)
+        return torch.cat((idx, *(token for token, _ in self.stream(idx, max_new_tokens, *args, **options))), dim=1)
 
     def parameter_groups(self, weight_decay):
         """For the outer optimizer: matrices decay; gains, biases, convolutions, tokens and the initial memory do not."""

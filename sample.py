@@ -3,23 +3,35 @@ Sample from a checkpoint; it needs no data set, the tokenizer is inside.
 
     python sample.py --out_dir=out --prompt="def main("
     python sample.py --out_dir=out --prompt=FILE:story.txt --max_new_tokens=500 --temperature=0.8 --top_p=0.95
-    cat story.txt | python sample.py --out_dir=out --prompt=-
-    python sample.py --out_dir=out --interactive     # the state is carried from line to line; Ctrl-D ends
+    cat story.txt | python sample.py --out_dir=out --prompt=- --num_samples=4 --stop='\\n\\n'
+    python sample.py --out_dir=out --interactive --stop='\\n'         # talk: an answer is a line; /help lists the commands
+
+A memory that stays: FILE is read at the start and written at the end, and after every answer.
+
+    python sample.py --out_dir=out --memory=me.mem --learn=book.txt       # read a text into it and say nothing
+    python sample.py --out_dir=out --memory=me.mem --interactive          # go on from it; --reset_memory begins anew
+    python sample.py --out_dir=out --memory=me.mem --update_memory=False  # the control: read, never written, nor saved
 
 The prompt is read once, into attention and memory; then every token costs the same, however long the prompt was.
 """
+import codecs
+import contextlib
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import configurator
+import memory_file
 from configurator import UserError
 from dataset import Tokenizer
+from model import map_state
 from parallel import pick_device, pick_dtype
 
 
@@ -29,14 +41,18 @@ class SampleConfig:
     checkpoint: Literal['ckpt', 'best'] = 'ckpt'  # ckpt: the last one, best: the one with the lowest validation loss
     prompt: str = '\n'              # the text, FILE:path, or - for standard input
     interactive: bool = False
-    num_samples: int = 1
+    num_samples: int = 1            # side by side, as a batch
     max_new_tokens: int = 500
+    stop: str = ''                  # where an answer ends: texts with | between, \n for a new line
     temperature: float = 0.8        # 0 = always the likeliest token
     top_k: int = 0                  # 0 = all
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # on what has been sampled; 1 = none
-    update_memory: bool = True      # False: the long-term memory is read, never written
+    memory: str = ''                # the file of a memory that stays
+    reset_memory: bool = False      # begin with an empty one, whatever the file has
+    update_memory: bool = True      # False: the long-term memory is read, never written, and its file left as it was
+    learn: str = ''                 # a file of text to read first, or - ; nothing is said unless interactive
     seed: int = 1337
     device: str = 'auto'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
@@ -45,26 +61,50 @@ class SampleConfig:
         for name in ('num_samples', 'max_new_tokens'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('temperature', 'top_k', 'min_p'):
+        for name in ('temperature', 'top_k', 'min_p', 'seed'):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 < self.top_p <= 1 or self.min_p > 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1], min_p={self.min_p} in [0, 1]")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
+        if self.reset_memory and not self.memory:
+            raise ValueError("reset_memory=True needs the file: --memory=FILE")
+        if self.learn and not (self.memory or self.interactive):
+            raise ValueError("what is learned would be lost; give --memory=FILE to keep it, or --interactive to go on from it")
+        if self.learn and not self.update_memory:
+            raise ValueError("update_memory=False learns nothing; leave --learn or it")
+        if self.num_samples > 1 and (self.memory or self.interactive):
+            raise ValueError(f"num_samples={self.num_samples}: a memory and a conversation go on from one sample; give 1")
+
+    def stops(self):
+        return [text.replace('\\n', '\n') for text in self.stop.split('|') if text]
+
+
+def read_text(path, what='text'):
+    """The text of a file, of standard input for '-'. UserError if there is none, or something else."""
+    name = 'standard input' if path == '-' else path
+    try:
+        if path == '-':
+            data = sys.stdin.buffer.read()
+        else:
+            with open(path, 'rb') as f:
+                data = f.read()
+        text = data.decode('utf-8')
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: the {what} is not UTF-8 text (byte {error.start})") from None
+    if '\0' in text:
+        raise UserError(f"{name}: the {what} is binary (a zero byte at {data.index(0)}), not text")
+    if not text:
+        raise UserError(f"{name}: the {what} is empty")
+    return text
 
 
 def read_prompt(text):
-    try:
-        if text == '-':
-            text = sys.stdin.buffer.read().decode('utf-8')
-        elif text.startswith('FILE:'):
-            with open(text[5:], encoding='utf-8', newline='') as f:
-                text = f.read()
-    except OSError as error:
-        raise UserError(f"{text[5:]}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{text}: the prompt is not UTF-8 text") from None
+    if text == '-' or text.startswith('FILE:'):
+        return read_text(text.removeprefix('FILE:'), 'prompt')
     if not text:
         raise UserError("the prompt is empty; give at least one character with --prompt=")
     return text
@@ -84,80 +124,176 @@ class Reader:
         dtype = pick_dtype(dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
+    def encode(self, text):
+        """-> ids (1, T)"""
+        return torch.tensor([self.tokenizer.encode(text)], dtype=torch.long, device=self.device)
+
+    def blocks(self, idx):
+        """idx (B, T >= 0) in pieces that need no more memory than a training step."""
+        return idx.split(self.model.config.block_size, dim=1) if idx.size(1) else ()
+
     @torch.no_grad()
     def read(self, idx, state=None, update_memory=True):
-        """Read idx (B, T >= 0) without saying anything, in blocks that need no more memory than a training step. -> state"""
+        """Read idx (B, T >= 0) without saying anything. -> state"""
         with self.autocast:
-            for piece in idx.split(self.model.config.block_size, dim=1) if idx.size(1) else ():
+            for piece in self.blocks(idx):
                 state = self.model(piece, state=state, update_memory=update_memory)[2]
         return state
 
 
-class Sampler(Reader):
-    """A reader that says what comes next, with the options of a run."""
+def until(texts, stops):
+    """Pass texts on up to where one of `stops` begins; what may be the beginning of one waits for what follows."""
+    held = ''
+    for text in texts:
+        held += text
+        ends = [held.find(stop) for stop in stops if stop in held]
+        if ends:
+            yield held[:min(ends)]
+            return
+        wait = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[:len(held) - wait]
+        held = held[len(held) - wait:]
+    yield held
+
+
+class Conversation:
+    """
+    What a model has been told and has said. Whenever it is broken off, `state` is that of all before `unread`, the tokens that
+    were said or heard last and will be read first.
+    """
 
     def __init__(self, config):
-        super().__init__(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
-        self.config = config
+        self.reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+        self.config, self.model, self.tokenizer = config, self.reader.model, self.reader.tokenizer
+        self.update_memory = config.update_memory
         self.options = {name: getattr(config, name) for name in ('temperature', 'top_k', 'top_p', 'min_p',
-                                                                 'repetition_penalty', 'update_memory')}
+                                                                 'repetition_penalty')}
+        self.whose = None  # fingerprint of the model, once it is needed
+        self.reset()
 
-    def encode(self, text):
-        return torch.tensor([self.tokenizer.encode(text)], device=self.device)
+    def reset(self):
+        self.state, self.unread = None, self.reader.encode('')
 
-    def stream(self, idx, state):
-        """Print the continuation of idx (1, T) as it comes. -> the state after it, tokens made"""
-        made, after = [], None
+    def hear(self, idx, bar=None):
+        """Read idx (1, T) but for the last token, from which the next answer begins."""
+        self.unread = torch.cat((self.unread, idx), dim=1)
+        for piece in self.reader.blocks(self.unread[:, :-1]):
+            self.state = self.reader.read(piece, self.state, self.update_memory)
+            self.unread = self.unread[:, piece.size(1):]
+            if bar is not None:
+                bar.update(piece.size(1))
 
-        def tokens():
-            nonlocal after
-            after = yield from self.model.stream(idx, self.config.max_new_tokens, state=state, **self.options)
+    @torch.no_grad()
+    def tokens(self):
+        """Yield the ids of an answer as they come."""
+        with self.reader.autocast:
+            for token, state in self.model.stream(self.unread, self.config.max_new_tokens, state=self.state,
+                                                  update_memory=self.update_memory, **self.options):
+                self.state, self.unread = state, token
+                yield token.item()
 
-        with self.autocast:
-            ids = (made.append(token.item()) or made[-1] for token in tokens())
-            for text in self.tokenizer.decode_stream(ids):
-                print(text, end='', flush=True)
+    def answer(self, note=lambda token: None):
+        """Print what comes next, as it comes, and note each token."""
+        tokens = (note(token) or token for token in self.tokens())
+        for text in until(self.tokenizer.decode_stream(tokens), self.config.stops()):
+            print(text, end='', flush=True)
         print()
-        return after, len(made)
+
+    def learn(self, text):
+        """Read a text and say nothing, with a bar on stderr."""
+        idx = self.reader.encode(text)
+        with tqdm(total=idx.size(1), unit='tok', unit_scale=True, desc='reading') as bar:
+            self.hear(idx, bar)
+            bar.update(bar.total - bar.n)
+        print(f"learned {idx.size(1):,} tokens", file=sys.stderr)
+
+    # -- a memory that stays
+
+    def fingerprint(self):
+        if not self.model.config.memory_blocks():
+            raise UserError(f"{self.reader.path}: this model has no long-term memory that could be kept")
+        self.whose = self.whose or memory_file.model_of(self.reader.content)
+        return self.whose
+
+    def load(self, path):
+        self.state, unread = memory_file.load(path, self.fingerprint(), self.model.config, self.reader.device)
+        self.unread = torch.tensor([unread], dtype=torch.long, device=self.reader.device)
+        print(f"{path}: goes on after {self.state.pos:,} tokens", file=sys.stderr)
+
+    def save(self, path):
+        """-> what was written, in words"""
+        if self.state is None:
+            return "nothing to save yet"
+        size = memory_file.save(path, self.fingerprint(), self.state, self.unread[0].tolist())
+        return f"{path}: {memory_file.size(size)}, after {self.state.pos:,} tokens"
 
 
-def interactive(sampler):
-    state = None
-    print("type a line, the model goes on from it; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
-    while True:
-        try:
-            line = input('> ')
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        try:
-            state, _ = sampler.stream(sampler.encode(line + '\n'), state)
-        except UserError as error:
-            print(error, file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\n(stopped; the state is that of before this line)", file=sys.stderr)
+def side_by_side(talk, prompt, count):
+    """Print `count` continuations of the prompt that talk has heard, drawn as one batch."""
+    stops, texts = talk.config.stops(), [''] * count
+    decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in texts]
+    state = map_state(lambda x: x if x.dim() < 2 else x.expand(count, *x.shape[1:]), talk.state)
+    began, made = time.time(), 0
+    with torch.no_grad(), talk.reader.autocast, tqdm(total=talk.config.max_new_tokens, unit='tok') as bar:
+        for token, _ in talk.model.stream(talk.unread.expand(count, -1), talk.config.max_new_tokens, state=state,
+                                          update_memory=talk.update_memory, **talk.options):
+            going = [i for i, text in enumerate(texts) if not any(stop in text for stop in stops)]
+            if not going:
+                break
+            for i in going:
+                texts[i] += decoders[i].decode(talk.tokenizer.bytes_of(token[i].item()))
+            made += len(going)
+            bar.update()
+    for i, text in enumerate(texts):
+        print(f"--- sample {i + 1} of {count}\n{prompt}{''.join(until([text], stops))}")
+    say_speed(made, began)
+
+
+def say_speed(made, began):
+    print(f"({made} tokens, {made / (time.time() - began):,.0f} tokens/s)", file=sys.stderr)
+
+
+def ended(number, frame):
+    raise SystemExit(128 + number)
 
 
 def main(argv):
     config = configurator.load(SampleConfig, argv, __doc__)
-    sampler = Sampler(config)
+    keep = config.memory if config.update_memory else ''
+    if keep:
+        memory_file.check_place(keep)
+    text = read_text(config.learn) if config.learn else None
+    prompt = None if config.interactive or config.learn else read_prompt(config.prompt)
+    talk = Conversation(config)
     torch.manual_seed(config.seed)
-    if config.interactive:
-        return interactive(sampler)
-    prompt = read_prompt(config.prompt)
-    idx = sampler.encode(prompt)
-    state = sampler.read(idx[:, :-1], update_memory=config.update_memory)  # once, whatever the number of samples
+    if config.memory:
+        talk.fingerprint()
+        if not config.reset_memory and (os.path.exists(config.memory) or not keep):
+            talk.load(config.memory)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal saves, too
+        signal.signal(number, ended)
     try:
-        for i in range(config.num_samples):
+        if text is not None:
+            talk.learn(text)
+        if config.interactive:
+            import interactive
+            return interactive.converse(talk, keep)
+        if prompt is not None:
+            talk.hear(talk.reader.encode(prompt))
             if config.num_samples > 1:
-                print(f"--- sample {i + 1} of {config.num_samples}")
-            print(prompt, end='', flush=True)
-            began = time.time()
-            _, made = sampler.stream(idx[:, -1:], state)
-            print(f"({made} tokens, {made / (time.time() - began):,.0f} tokens/s)", file=sys.stderr)
+                side_by_side(talk, prompt, config.num_samples)
+            else:
+                print(prompt, end='', flush=True)
+                began, made = time.time(), []
+                talk.answer(made.append)
+                say_speed(len(made), began)
     except KeyboardInterrupt:
         print()
         return 130
+    finally:
+        if keep:
+            with contextlib.suppress(BrokenPipeError):
+                print(talk.save(keep), file=sys.stderr)
     return 0
 
 

@@ -41,7 +41,7 @@ class TrainConfig(TitansConfig):
     out_dir: str = 'out'
     dataset: str = 'stdlib'
     data_dir: str = 'data'
-    init_from: str = 'scratch'      # resume; auto: resume where there is a checkpoint; gpt2, gpt2-medium, ... or a folder of one
+    init_from: str = 'scratch'      # resume; auto: resume where there is a checkpoint; gpt2, gpt2-medium, ... or its folder
     freeze_backbone: bool = False   # with GPT-2: train what was added to it alone
     keep_last: int = 1              # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
     keep_best: bool = True          # and best.pt, of the lowest validation loss

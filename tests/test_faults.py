@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(data_dir, small_disk, world):
     filler.write_bytes(bytes(room.f_bavail * room.f_bsize - 20_000))
     before = {p: p.read_bytes() for p in (small_disk / 'out').rglob('*') if p.is_file() and p.name != 'log.jsonl'}
     statuses = finish(start(config, world))
-    assert statuses == [1] and 'No space left on device; the checkpoint before it is untouched' in said(config)
+    assert statuses == [1] and 'No space left on device; the one before it is untouched' in said(config)
     assert 'Traceback' not in said(config)
     after = {p: p.read_bytes() for p in (small_disk / 'out').rglob('*') if p.is_file() and p.name != 'log.jsonl'}
     assert before == after

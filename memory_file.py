@@ -1,0 +1,100 @@
+"""
+A memory that stays: what a conversation has left in a model, in a file of its own. It is small whatever was read, and of use to
+the weights that wrote it alone.
+
+    memory (the format), model (whose memory it is), tokens (read so far), unread (said last, to be read next),
+    state (the carried state of one row, as plain types), sha256 (of all that)
+"""
+import hashlib
+import json
+import math
+import os
+
+import torch
+
+import checkpoint
+from configurator import UserError
+from model import map_state
+
+FORMAT = 1
+
+
+def digest(content):
+    """sha256 of tensors and plain types, however deep."""
+    sha = hashlib.sha256()
+
+    def take(x):
+        if isinstance(x, torch.Tensor):
+            sha.update(f'{x.dtype}{tuple(x.shape)}'.encode())
+            sha.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(x, dict | list | tuple):
+            sha.update(f'{type(x) is dict}{len(x)}'.encode())
+            for item in (x.items() if isinstance(x, dict) else x):
+                take(item)
+        else:
+            sha.update(json.dumps(x).encode())
+    take(content)
+    return sha.hexdigest()
+
+
+def model_of(content):
+    """Whose memory it is: what a checkpoint's content says of its model, and a sum over all that a state depends on."""
+    config = content['model_config']
+    shape = {name: config[name] for name in ('arch', 'n_layer', 'n_embd', 'memory_heads', 'memory_depth', 'chunk_len')}
+    free = ('dropout', 'checkpoint_segments')  # a state does not depend on these
+    rest = {name: value for name, value in sorted(config.items()) if name not in free}
+    return shape | {'step': content['step'], 'sha256': digest([rest, content['tokenizer'], content['model']])}
+
+
+def save(path, model, state, unread):
+    """Write a state (of one row), whole or not at all. -> its size in bytes. UserError if it cannot be written."""
+    if not finite(state):
+        raise UserError(f"{path} is left as it was: the memory has numbers that are not finite")
+    content = {'memory': FORMAT, 'model': model, 'tokens': state.pos, 'unread': unread, 'state': checkpoint.pack_state(state)}
+    checkpoint.write(path, content | {'sha256': digest(content)})
+    return os.path.getsize(path)
+
+
+def load(path, model, config, device):
+    """-> state, unread. UserError if the file is damaged, no memory, or that of another model; then it says which."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such memory file")
+    content = checkpoint.read(path, 'memory file')
+    if not isinstance(content, dict) or content.get('memory') != FORMAT or not isinstance(content.get('model'), dict):
+        known = isinstance(content, dict) and 'model_config' in content
+        raise UserError(f"{path}: not a memory file{', but a checkpoint' if known else f' of this version ({FORMAT})'}")
+    there = content['model']
+    if there != model:
+        differ = [f"{k}={there.get(k)} there, {v} here" for k, v in model.items() if there.get(k) != v and k != 'sha256']
+        raise UserError(f"{path} is the memory of another model: {', '.join(differ) or 'other weights or options'}; only the "
+                        "weights that wrote it can use it")
+    try:
+        if digest({k: v for k, v in content.items() if k != 'sha256'}) != content['sha256']:
+            raise ValueError("its sum differs")
+        state, unread = checkpoint.unpack_state(content['state'], device), content['unread']
+        if not checkpoint.fits(state, config, 1) or not finite(state):
+            raise ValueError("its state does not fit the model")
+        if len(unread) > 1 or not all(type(t) is int and 0 <= t < config.vocab_size for t in unread):
+            raise ValueError("it ends with what is no token")
+    except Exception as error:  # anything may stand there
+        raise UserError(f"{path}: changed after it was written: {checkpoint.reason(error)}") from None
+    return state, unread
+
+
+def finite(state):
+    found = []
+    map_state(lambda x: found.append(x.isfinite().all()) or x, state)
+    return all(found)
+
+
+def check_place(path):
+    """UserError, before anything is read, if a file could not be written there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"memory='{path}': {'that is a folder' if os.path.isdir(path) else f'cannot write into {folder}'}")
+
+
+def size(n):
+    """Bytes for people."""
+    power = min(int(math.log(max(n, 1), 1024)), 3)
+    return f"{n / 1024 ** power:.{power > 0:d}f} {('bytes', 'KB', 'MB', 'GB')[power]}"
