@@ -1,0 +1,128 @@
+"""
+What the memories do, token by token, while a model reads. The model is as it was afterwards, and reads what it would have read.
+
+    with record(model) as seen:
+        logits, _, state = model(idx, state=state)
+    seen.surprise                # (layers, B, T): of every token read since `with`, or since seen.clear()
+
+    of each token                                                                            (layers, B, T)
+    theta, eta, alpha   its gates, mean over heads: numbers in [0, 1]
+    surprise            root mean square of M(k) - v over heads and channels, M the memory that its chunk began with, before
+                        any clip: in the unit of v, which is what a memory should answer
+    value               root mean square of v: a memory that answers nothing has surprise = value, one that knows all 0
+    read                root mean square of y = M_t(q), what was read after it, before it is bounded
+    of each write                                                                            (layers, B, W)
+    norm_M, norm_S      |M| and |S| after it, all heads and layers of the MLP together (Frobenius)
+    ends                tokens read when it was done: W ints. A write is a chunk, or what a call or segment has of one
+
+`layers` are the blocks that have a memory, and seen.blocks their indices. With update_memory=False nothing is written: the
+gates are what they would have been, surprise is measured at M as it stands. All rows of calls between two clear() are as many.
+"""
+import contextlib
+import itertools
+
+import torch
+
+TOKEN = ('theta', 'eta', 'alpha', 'surprise', 'value', 'read')
+WRITE = ('norm_M', 'norm_S')
+
+
+def size(x):
+    """Root mean square over heads and channels of x (B, H, T, D). -> (B, T)"""
+    return x.float().square().mean((1, 3)).sqrt()
+
+
+class Record:
+    """What record() has seen; TOKEN and WRITE are attributes, put together when asked for."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.clear()
+
+    def clear(self):
+        """Forget what was seen."""
+        self.parts = [[] for _ in self.blocks]  # of each layer (numbers (6, B, n), norms (2, B) or None if nothing was written)
+        self.whole = 0  # so many of them are of calls that came to their end
+
+    def add(self, layer, gates, error, v, y, state=None):
+        numbers = torch.stack([g.float().mean(1) for g in gates] + [size(x) for x in (error, v, y)])
+        norms = None if state is None else torch.stack(
+            [sum(w.float().square().flatten(1).sum(1) for w in part).sqrt() for part in (state.weights, state.surprise)])
+        self.parts[layer].append((numbers, norms))
+
+    def __getattr__(self, name):
+        if name not in TOKEN + WRITE:
+            raise AttributeError(name)
+        if name in TOKEN:
+            layers = [[numbers[TOKEN.index(name)] for numbers, _ in parts[:self.whole]] for parts in self.parts]
+        else:
+            layers = [[norms[WRITE.index(name), :, None] for _, norms in parts[:self.whole] if norms is not None]
+                      for parts in self.parts]
+        return torch.stack([torch.cat(parts, dim=1) if parts else torch.empty(0, 0) for parts in layers])
+
+    @property
+    def ends(self):
+        parts = self.parts[0][:self.whole]
+        read = itertools.accumulate(numbers.size(-1) for numbers, _ in parts)
+        return [end for end, (_, norms) in zip(read, parts, strict=True) if norms is not None]
+
+    def begin_call(self, *_):
+        for parts in self.parts:
+            del parts[self.whole:]  # a call that was broken off has been seen by some layers only
+
+    def end_call(self, *_):
+        self.whole = len(self.parts[0])
+
+
+@contextlib.contextmanager
+def replaced(module, name, value):
+    """module.name is `value` for as long as this lasts."""
+    own = vars(module).get(name)  # compile_step puts one there; else it is the method of the class
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name) if own is None else setattr(module, name, own)
+
+
+def watch(memory, seen, layer):
+    """The write and forward of a NeuralMemory, that tell `seen` about every token."""
+    plain_write, plain_forward = memory.write, memory.forward
+
+    def write(state, q, k, v, gates):
+        y, after = plain_write(state, q, k, v, gates)
+        with torch.no_grad():
+            seen.add(layer, gates, memory.read(state.begin, k) - v, v, y, after)
+        return y, after
+
+    @torch.no_grad()
+    def look(x, state):
+        state = memory.init_state(x.size(0)) if state is None else state
+        qkv, _ = memory.project(x, memory.c_qkv.weight, memory.conv, state.tail)
+        with torch.autocast(x.device.type, enabled=False):
+            qkv = memory.heads(qkv)
+            (q, k), v = memory.unit(qkv[:2]), qkv[2]
+            seen.add(layer, memory.gate(x), memory.read(state.weights, k) - v, v, memory.read(state.weights, q))
+
+    def forward(x, state=None, update_memory=True):
+        if not update_memory:
+            look(x, state)
+        return plain_forward(x, state, update_memory)
+
+    return {'write': write, 'forward': forward}
+
+
+@contextlib.contextmanager
+def record(model):
+    """For as long as this lasts the Record it gives sees what the memories of a TitansGPT do. ValueError if there are none."""
+    memories = {i: block.memory for i, block in enumerate(model.blocks) if block.memory is not None}
+    if not memories:
+        raise ValueError("a model without memory has nothing to record")
+    seen = Record(list(memories))
+    with contextlib.ExitStack() as stack:
+        for layer, memory in enumerate(memories.values()):
+            for name, method in watch(memory, seen, layer).items():
+                stack.enter_context(replaced(memory, name, method))
+        stack.callback(model.register_forward_pre_hook(seen.begin_call).remove)
+        stack.callback(model.register_forward_hook(seen.end_call).remove)
+        yield seen
