@@ -167,9 +167,9 @@ def draw_text(content, segment_len, path):
         ax.set_ylabel('block', fontsize=8)
         ax.set_title(name, loc='left', fontsize=9)
         figure.colorbar(image, ax=ax, pad=0.01, extend='both').ax.tick_params(labelsize=7)
-    axes[-1].set_xlabel('token' + (f', a tick a segment of {segment_len}' if segment_len else ''))
-    if segment_len and T // segment_len <= 200:
-        axes[-1].set_xticks(range(0, T + 1, segment_len), minor=True)
+    marked = segment_len and T // segment_len <= 200
+    axes[-1].set_xticks(range(0, T + 1, segment_len) if marked else (), minor=True)
+    axes[-1].set_xlabel(f'token, a tick for every segment of {segment_len}' if marked else 'token')
     with beside(path) as partial:
         figure.savefig(partial, dpi=150, format='png')
     plt.close(figure)

@@ -11,7 +11,8 @@ SHOWN = ('theta', 'eta', 'alpha', 'surprise', 'value', 'read')
 
 def rows(values, form='.3g'):
     """Numbers, None or lists of them, as JSON of few characters."""
-    return '[' + ','.join('null' if x is None else rows(x, form) if isinstance(x, list) else f'{x:{form}}' for x in values) + ']'
+    return '[' + ','.join(rows(x, form) if isinstance(x, list) else 'null' if x is None else f'{x:{form}}'
+                          for x in values) + ']'
 
 
 def escape(text):
@@ -176,7 +177,7 @@ tr:first-child th { border: 0 }
 .loss .up { color: var(--cool) } .loss .down { color: var(--heat) }
 @media (max-width: 900px) {
   .both { grid-template-columns: 1fr }
-  aside { position: fixed; top: auto; bottom: 0; left: 0; right: 0; max-height: 45vh; border-radius: 10px 10px 0 0 }
+  aside { position: fixed; z-index: 3; top: auto; bottom: 0; left: 0; right: 0; max-height: 45vh; border-radius: 10px 10px 0 0 }
   main { padding-bottom: 46vh }
 }
 </style>
@@ -242,11 +243,11 @@ function paint() {
   const sorted = v.filter(x => x !== null).map(x => two ? Math.abs(x) : x).sort((a, b) => a - b)
   const pick = q => sorted[Math.round(q * (sorted.length - 1))]
   const high = pick(.98), low = two ? -high : pick(.02)
-  const colour = x => {
-    if (x === null || high <= low) return 'transparent'
-    const part = two ? x / high : (x - low) / (high - low), level = Math.round(36 * Math.min(Math.abs(part), 1)) * 2
-    return part <= 0 && !two ? 'transparent' : tone(level, two && part > 0 ? 'cool' : 'heat')
+  const shade = part => {  // -1 to 1; more than in proportion, so that what stands out does
+    const level = Math.round(40 * Math.min(Math.abs(part), 1) ** 1.5) * 2
+    return tone(level, two && part > 0 ? 'cool' : 'heat')
   }
+  const colour = x => x === null || high <= low ? 'transparent' : shade(two ? x / high : Math.max((x - low) / (high - low), 0))
   cells.forEach((el, i) => {
     const n = first[i + 1] - first[i]
     if (n === 1) { el.style.background = colour(v[first[i]]); return }
@@ -256,7 +257,7 @@ function paint() {
   })
   at('low').value = '≤ ' + show(low)
   at('high').value = '≥ ' + show(high)
-  const ramp = two ? [tone(72, 'heat'), 'transparent', tone(72, 'cool')] : ['transparent', tone(72, 'heat')]
+  const ramp = [-1, -.75, -.5, -.25, 0, .25, .5, .75, 1].filter(part => two || part >= 0).map(shade)
   at('ramp').style.background = `linear-gradient(to right, ${ramp})`
   at('note').textContent = NOTES[name]
 }

@@ -16,7 +16,8 @@ What the memories do, token by token, while a model reads. The model is as it wa
     ends                tokens read when it was done: W ints. A write is a chunk, or what a call or segment has of one
 
 `layers` are the blocks that have a memory, and seen.blocks their indices. With update_memory=False nothing is written: the
-gates are what they would have been, surprise is measured at M as it stands. All rows of calls between two clear() are as many.
+gates are what they would have been, surprise is measured at M as it stands. Six numbers a token and layer are kept until
+clear(), which has to stand between calls of different numbers of rows. A call broken off by an exception leaves nothing.
 """
 import contextlib
 import itertools
