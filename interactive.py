@@ -61,7 +61,7 @@ def ask():
 
 
 class Commands:
-    """What a line that begins with / does to a sample.Conversation; keep: the file of its memory, or ''; seen: a Record."""
+    """What a line with / does to a sample.Conversation; keep: the file of its memory, or ''; seen: a Record or None."""
 
     def __init__(self, talk, keep, seen):
         self.talk, self.keep, self.seen, self.ids = talk, keep, seen, []
@@ -89,11 +89,11 @@ class Commands:
 
     def surprise(self, rest):
         """A line for each token: surprise as a part of what was to be learned, mean over the memories; theta; the token."""
-        if not self.seen.blocks:
+        if self.seen is None:
             raise UserError("this model has no long-term memory to be surprised")
-        part = self.seen.surprise[:, 0] / self.seen.value[:, 0].clamp_min(1e-9)  # (layers, T)
-        if not part.numel():
+        if not self.ids:
             raise UserError("nothing has been read yet")
+        part = self.seen.surprise[:, 0] / self.seen.value[:, 0].clamp_min(1e-9)  # (layers, T)
         rows = zip(part.mean(0).tolist(), self.seen.theta[:, 0].mean(0).tolist(), self.ids[:part.size(1)], strict=True)
         for p, theta, token in list(rows)[-LAST:]:
             note(f"{p:6.2f} {'#' * round(20 * min(p, 1)):<20}  theta {theta:.4f}  {self.talk.tokenizer.decode([token])!r}")
@@ -116,7 +116,8 @@ class Commands:
 def converse(talk, keep):
     """Talk until the user has enough. -> exit status"""
     note("say something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits")
-    with history(), record(talk.model) as seen:
+    recorded = record(talk.model) if talk.model.config.memory_blocks() else contextlib.nullcontext()
+    with history(), recorded as seen:
         commands = Commands(talk, keep, seen)
         while True:
             try:
@@ -131,7 +132,8 @@ def converse(talk, keep):
                     if commands(line):
                         return 0
                     continue
-                seen.clear()
+                if seen is not None:
+                    seen.clear()
                 heard = talk.reader.encode(line[line.startswith('//'):] + '\n')
                 commands.ids = talk.unread[0].tolist() + heard[0].tolist()
                 talk.hear(heard)

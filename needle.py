@@ -73,6 +73,12 @@ def sentences(text):
     return [' ' + s for s in re.split(r'(?<=[.!?]) ', ' '.join(text.split())) if s]
 
 
+def reference():
+    """The Python language reference: prose that lies on every machine with Python."""
+    from pydoc_data.topics import topics
+    return ' '.join(topics[name] for name in sorted(topics))
+
+
 class Haystack:
     """Sentences as tokens in a ring, of which any length can be cut out, and the boundaries where a needle may go."""
 

@@ -167,9 +167,8 @@ def text(config):
 
 def haystack_texts(config):
     """-> training and validation text to hide needles in"""
-    if not config.haystack:  # prose that lies on every machine with Python
-        from pydoc_data.topics import topics
-        whole = ' '.join(topics[name] for name in sorted(topics))
+    if not config.haystack:
+        whole = needles.reference()
     elif os.path.isdir(os.path.join(config.data_dir, config.haystack)):
         data = Dataset(config.data_dir, config.haystack)
         tokenizer = Tokenizer(data.tokenizer)

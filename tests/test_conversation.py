@@ -1,0 +1,328 @@
+"""A memory that stays: kept, gone on with, refused where it does not belong; and how a sample is drawn and ends."""
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import TEXT, TINY, refused
+
+import checkpoint
+import configurator
+import memory_file
+import prepare
+import sample
+import train
+from configurator import UserError
+from sample import Conversation, SampleConfig, until
+
+HERE = Path(__file__).resolve().parent.parent
+MEM = '--memory=me.mem'
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    """A folder with a small model of every kind of memory, trained for 2 steps."""
+    place = tmp_path_factory.mktemp('models')
+    (place / 'a.txt').write_text(TEXT)
+    prepare.main(['text', f'--train_path={place}/a.txt', '--tokenizer=char', f'--data_dir={place}/data'])
+    for name, *flags in (('mac',), ('other', '--seed=1'), ('longer', '--max_iters=4'), ('mag', '--arch=mag', '--window_len=5'),
+                         ('mal', '--arch=mal', '--memory_depth=2'), ('lmm', '--arch=lmm'), ('gpt', '--arch=gpt')):
+        assert train.main(['--dataset=text', f'--data_dir={place}/data', f'--out_dir={place}/{name}', *TINY, *flags]) == 0
+    return place
+
+
+@pytest.fixture()
+def here(models, tmp_path, monkeypatch):
+    """A fresh current directory, from which the models are at their names."""
+    monkeypatch.chdir(tmp_path)
+    for name in 'mac', 'other', 'longer', 'mag', 'mal', 'lmm', 'gpt':
+        os.symlink(models / name, name)
+    return tmp_path
+
+
+def talk(*flags):
+    return Conversation(configurator.load(SampleConfig, ['--out_dir=mac', '--device=cpu', '--max_new_tokens=7', *flags]))
+
+
+def say(conversation, text):
+    """What is answered, after the conversation has heard text."""
+    torch.manual_seed(0)
+    conversation.hear(conversation.reader.encode(text))
+    return list(conversation.tokens())
+
+
+@pytest.mark.parametrize('arch', ['mac', 'mag', 'mal', 'lmm'])
+def test_a_conversation_goes_on_as_if_never_broken_off(here, arch):
+    """Saved and loaded after every turn: the same answers and the same state, to the bit."""
+    whole = talk(f'--out_dir={arch}')
+    for text in ('def f1(x):\n', 'return', ' x + 1\ndef f2(', 'x):\n' * 9):
+        part = talk(f'--out_dir={arch}')
+        if os.path.exists('me.mem'):
+            part.load('me.mem')
+        assert say(part, text) == say(whole, text)
+        part.save('me.mem')
+    a, b = (checkpoint.pack_state(c.state) for c in (part, whole))
+    assert memory_file.digest(a) == memory_file.digest(b) and torch.equal(part.unread, whole.unread)
+    assert sorted(os.listdir()) == sorted(['gpt', 'lmm', 'longer', 'mac', 'mag', 'mal', 'me.mem', 'other'])
+
+
+def test_the_file_stays_small(here):
+    """Its size does not grow with what was read."""
+    conversation, sizes = talk(), []
+    for start in range(0, 2000, 101):  # at other places of segment and chunk each time
+        conversation.hear(conversation.reader.encode(TEXT[start:start + 101]))
+        conversation.save('me.mem')
+        sizes.append(os.path.getsize('me.mem'))
+    assert max(sizes[10:]) <= max(sizes[:10]) < 15_000
+
+
+def test_main_keeps_resets_and_leaves_the_memory(here, capsys):
+    """--memory goes on, --reset_memory begins anew, --update_memory=False changes nothing, on the disk or in M."""
+    def run(*flags):
+        assert sample.main(['--out_dir=mac', '--device=cpu', '--max_new_tokens=3', MEM, *flags]) == 0
+        return capsys.readouterr()
+
+    def pos():
+        return torch.load('me.mem', weights_only=True)['tokens']
+    assert 'after 9 tokens' in run('--prompt=def f1(').err and pos() == 9  # 7 and all but the last of what was said
+    run('--prompt=x')
+    assert pos() == 9 + 1 + 1 + 2
+    before = Path('me.mem').read_bytes()
+    run('--prompt=return', '--update_memory=False')
+    assert Path('me.mem').read_bytes() == before
+    off = talk('--update_memory=False')
+    off.load('me.mem')
+    memory = off.state.blocks[0].memory.weights[0]
+    say(off, 'return x')
+    assert torch.equal(off.state.blocks[0].memory.weights[0], memory)
+    Path('b.txt').write_text(TEXT[:100])
+    out = run('--learn=b.txt')
+    assert pos() == 13 + 1 + 99 and out.out == '' and 'learned 100 tokens' in out.err
+    run('--reset_memory', '--prompt=x')
+    assert pos() == 1 + 2
+
+
+def damaged(how):
+    content, data = torch.load('me.mem', weights_only=True), Path('me.mem').read_bytes()
+    if how == 'cut':
+        Path('me.mem').write_bytes(data[:-200])
+    elif how == 'empty':
+        Path('me.mem').write_bytes(b'')
+    elif how == 'text':
+        Path('me.mem').write_text('my memory')
+    elif how == 'flipped':
+        at = data.index(memory_bytes(content)) + 5
+        Path('me.mem').write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    elif how == 'a checkpoint':
+        Path('me.mem').write_bytes(Path('mac/ckpt.pt').read_bytes())
+    elif how == 'other format':
+        torch.save(content | {'memory': 99}, 'me.mem')
+    elif how == 'a tensor':
+        torch.save(torch.zeros(3), 'me.mem')
+    elif how == 'no model':
+        torch.save({k: v for k, v in content.items() if k != 'model'}, 'me.mem')
+    else:
+        weights = content['state']['blocks'][0]['memory']['weights']
+        if how == 'edited':
+            weights[0] += 1e-3
+        elif how == 'edited, sum too':
+            weights[0] = weights[0][:, :, :3]
+        elif how == 'not a number, sum too':
+            weights[0][0, 0, 0, 0] = float('nan')
+        elif how == 'unread, sum too':
+            content['unread'] = [10 ** 6]
+        rest = {k: v for k, v in content.items() if k != 'sha256'}
+        torch.save(content | ({'sha256': memory_file.digest(rest)} if 'sum too' in how else {}), 'me.mem')
+
+
+def memory_bytes(content):
+    return content['state']['blocks'][0]['memory']['weights'][0].numpy().tobytes()
+
+
+@pytest.mark.parametrize('how, words', [
+    ('cut', 'not a readable memory file, truncated'), ('empty', 'not a readable memory file'), ('text', 'not a readable'),
+    ('flipped', 'differs from its checksum'), ('a checkpoint', 'not a memory file, but a checkpoint'),
+    ('other format', 'not a memory file of this version'), ('a tensor', 'not a memory file'), ('no model', 'not a memory file'),
+    ('edited', 'changed after it was written: its sum differs'), ('edited, sum too', 'does not fit the model'),
+    ('not a number, sum too', 'does not fit the model'), ('unread, sum too', 'what is no token'),
+])
+def test_a_damaged_file_is_refused_and_left(here, how, words):
+    conversation = talk()
+    say(conversation, 'def f1(x):\n')
+    conversation.save('me.mem')
+    damaged(how)
+    before = Path('me.mem').read_bytes()
+    message = refused(sample.main, '--out_dir=mac', '--device=cpu', MEM, '--prompt=x')
+    assert words in message and 'me.mem' in message, message
+    assert Path('me.mem').read_bytes() == before
+
+
+@pytest.mark.parametrize('name, words', [('other', 'other weights'), ('longer', 'step=2 there, 4 here'),
+                                         ('mag', 'arch=mac there, mag here'), ('mal', 'memory_depth=1 there, 2 here'),
+                                         ('gpt', 'no long-term memory that could be kept')])
+def test_another_model_is_refused(here, name, words):
+    conversation = talk()
+    say(conversation, 'def f1(x):\n')
+    conversation.save('me.mem')
+    before = Path('me.mem').read_bytes()
+    assert words in refused(sample.main, f'--out_dir={name}', '--device=cpu', MEM, '--prompt=x')
+    assert Path('me.mem').read_bytes() == before
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--memory=no/me.mem', 'cannot write into'), ('--memory=mac', 'that is a folder'),
+    ('--memory=none.mem --update_memory=False', 'none.mem: no such memory file'),
+    ('--reset_memory', 'needs the file: --memory=FILE'), ('--learn=b.txt', 'would be lost'),
+    ('--memory=me.mem --learn=none.txt', 'none.txt: No such file'), ('--memory=me.mem --learn=mac', 'mac: Is a directory'),
+    ('--memory=me.mem --learn=latin', 'not UTF-8 text (byte 2)'), ('--memory=me.mem --learn=zero', 'binary (a zero byte at 3)'),
+    ('--memory=me.mem --learn=nothing', 'is empty'), ('--memory=me.mem --learn=emoji', "lacks 'é'"),
+    ('--memory=me.mem --learn=b.txt --update_memory=False', 'learns nothing'),
+    ('--memory=me.mem --num_samples=2', 'num_samples=2'), ('--seed=-1', 'seed=-1'),
+])
+def test_what_cannot_be_is_one_line(here, flags, words):
+    for name, data in ('latin', b'ab\xff'), ('zero', b'abc\0'), ('nothing', b''), ('emoji', 'dé'.encode()):
+        Path(name).write_bytes(data)
+    assert words in refused(sample.main, '--out_dir=mac', '--device=cpu', *flags.split())
+    assert not Path('me.mem').exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(here, monkeypatch):
+    conversation = talk()
+    say(conversation, 'def f1(x):\n')
+    conversation.save('me.mem')
+    before = Path('me.mem').read_bytes()
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', full)
+        with pytest.raises(UserError, match='cannot save me.mem: No space left on device; the one before it is untouched'):
+            conversation.save('me.mem')
+    conversation.state.blocks[0].memory.weights[0].fill_(float('nan'))
+    with pytest.raises(UserError, match='me.mem is left as it was: .* not finite'):
+        conversation.save('me.mem')
+    assert Path('me.mem').read_bytes() == before and not list(Path().glob('*.partial'))
+
+
+def test_an_interrupted_answer_is_remembered(here):
+    """Broken off after 3 tokens of an answer: the state is that of all that was heard and said."""
+    conversation = talk('--temperature=0')
+    conversation.hear(conversation.reader.encode('def f1(x):\n'))
+    said = list(itertools.islice(conversation.tokens(), 3))
+    heard = torch.cat((conversation.reader.encode('def f1(x):\n'), torch.tensor([said])), dim=1)
+    want = conversation.reader.read(heard[:, :-1])
+    assert conversation.state.pos == want.pos == heard.size(1) - 1 and conversation.unread.tolist() == [[said[-1]]]
+    for a, b in zip(conversation.state.blocks[0].memory.weights, want.blocks[0].memory.weights, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves(here, number):
+    """In the middle of a long answer: the memory of all until then is there, and can be loaded."""
+    command = [sys.executable, str(HERE / 'sample.py'), '--out_dir=mac', '--device=cpu', MEM, '--prompt=def']
+    process = subprocess.Popen([*command, '--max_new_tokens=99999'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(20)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and b'Traceback' not in err, err
+    conversation = talk()
+    conversation.load('me.mem')
+    assert 18 < conversation.state.pos < 99999
+
+
+# -- the conversation at the terminal
+
+
+def converse(monkeypatch, capsys, lines, *flags):
+    """What is printed, and what is noted, when these lines are typed."""
+    typed = iter(lines.split('\n'))
+
+    def ask(prompt):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        if line == '^C':
+            raise KeyboardInterrupt
+        return line
+    monkeypatch.setattr('builtins.input', ask)
+    assert sample.main(['--out_dir=mac', '--device=cpu', '--max_new_tokens=5', '--interactive', *flags]) == 0
+    return capsys.readouterr()
+
+
+def test_commands(here, monkeypatch, capsys):
+    said = converse(monkeypatch, capsys, '/surprise\ndef f1(x):\n/memory\n/surprise\n/save\n/save a.mem\n/memory maybe\n'
+                    '/nothing\n/reset\n/memory off\n/load a.mem\n/memory\n/load none\n/help\n/quit\nnever read')
+    notes = said.err
+    for words in ('nothing has been read yet', 'written and read; 15 tokens so far', "theta 0.", "'d'", '/save needs a name',
+                  'a.mem: ', ', after 15 tokens', '/memory maybe: on or off', '/nothing is not one of', 'everything is',
+                  'goes on after 15 tokens', 'read, not written; 15 tokens', 'none: no such memory file', 'Ctrl-D quits'):
+        assert words in notes, words
+    assert said.out.count('\n') == 1  # one answer
+    again = talk()
+    again.load('a.mem')
+    assert again.state.pos == 15
+    assert 'no long-term memory to be surprised' in converse(monkeypatch, capsys, 'def\n/surprise', '--out_dir=gpt').err
+
+
+def test_lines_of_several_and_answers_kept(here, monkeypatch, capsys):
+    """What is heard is what was typed, line ends and all; after each answer the memory is on the disk."""
+    heard, saved, hear, save = [], [], Conversation.hear, Conversation.save
+    monkeypatch.setattr(Conversation, 'hear', lambda self, idx: heard.append(self.tokenizer.decode(idx[0])) or hear(self, idx))
+    monkeypatch.setattr(Conversation, 'save', lambda self, path: saved.append(self.state.pos) or save(self, path))
+    converse(monkeypatch, capsys, 'def f1(x):\\\n    return x\n"""def f2(x):\n    return x\n"""\n\nx\n^C', MEM)
+    assert heard == ['def f1(x):\n    return x\n', 'def f2(x):\n    return x\n', 'x\n']
+    assert saved == [28, 28 + 24 + 5, 57 + 2 + 5, 64]  # each but for the token said last, and once more at the end
+
+
+def test_interrupted_answers_go_on(here, monkeypatch, capsys):
+    """Ctrl-C in an answer stops it, keeps what was said, and the conversation goes on."""
+    tokens = Conversation.tokens
+
+    def broken(self):
+        for i, token in enumerate(tokens(self)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield token
+    monkeypatch.setattr(Conversation, 'tokens', broken)
+    said = converse(monkeypatch, capsys, 'def f1(x):\nreturn', MEM)
+    assert said.err.count('(stopped)') == 2
+    assert torch.load('me.mem', weights_only=True)['tokens'] == 11 + 3 + 7 + 3 - 1
+
+
+# -- samples
+
+
+@pytest.mark.parametrize('texts, stops, want', [
+    (['ab', 'cd'], [], 'abcd'), (['ab', 'cd'], ['bc'], 'a'), (['ab', 'xcd'], ['bc'], 'abxcd'), (['a', 'b'], ['cd', 'b'], 'a'),
+    (['aab'], ['ab'], 'a'), (['a', 'a', 'a', 'b', 'c'], ['aab'], 'a'), (['ab'], ['abc'], 'ab'), (['x'], ['x'], ''),
+])
+def test_until(texts, stops, want):
+    assert ''.join(until(iter(texts), stops)) == want
+
+
+def test_until_streams():
+    """Text that cannot be part of a stop is passed on at once, and nothing is asked for after one."""
+    asked = []
+    stream = until((asked.append(t) or t for t in 'abcdef'), ['cd'])
+    assert next(stream) == 'a' and asked == ['a']
+    assert ''.join(stream) == 'b' and asked == list('abcd')
+
+
+def test_stop_and_batches(here, capsys):
+    """Samples of a batch end where each meets a stop; one sample is the continuation up to there."""
+    def run(*flags):
+        assert sample.main(['--out_dir=mac', '--device=cpu', '--prompt=def', '--max_new_tokens=60', *flags]) == 0
+        return capsys.readouterr()
+    whole = run('--temperature=0').out
+    end = whole[9:11]
+    assert run('--temperature=0', f'--stop=zzz|{end}').out == whole[:whole.index(end, 3)] + '\n'
+    many = run('--num_samples=3', '--stop=x', '--temperature=2')
+    parts = many.out.split('--- sample ')[1:]
+    assert len(parts) == 3 and all(part[7:].startswith('def') and 'x' not in part for part in parts)
+    assert len({part[7:] for part in parts}) == 3 and 'tokens/s' in many.err
+    greedy = run('--num_samples=2', '--temperature=0').out
+    assert greedy == f'--- sample 1 of 2\n{whole}--- sample 2 of 2\n{whole}'
