@@ -1,12 +1,13 @@
 # make demo   from nothing to a sample: install, prepare, train on the CPU, plot, sample (about 5 minutes on 2 cores)
 # make needle needles in haystacks: train a model and a Transformer, draw where each finds them, with and without memory
+# make talk   a model to talk to: train it, tell it something, quit, ask it again; what repetition teaches it
 # make test   install what is needed, run the tests
 SHELL = /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle test lint compare family recall ablate shakespeare bench ranks clean
+.PHONY: demo needle talk test lint compare family recall ablate shakespeare bench ranks clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -27,6 +28,19 @@ needle: .venv/ready
 	$(BIN)/python train.py config/needle_gpt_cpu.py
 	$(BIN)/python plot.py out/needle_cpu out/needle_gpt_cpu
 	$(BIN)/python eval_needle.py --out_dir=out/needle_cpu --baseline=out/needle_gpt_cpu --samples=20 --cell_tokens=65536
+
+# told in one conversation, asked in another; then with the memory wiped
+SAY = $(BIN)/python sample.py --out_dir=out/talk_cpu --interactive --memory=out/talk_cpu/me.mem --stop='\n' --temperature=0
+talk: .venv/ready
+	$(BIN)/python prepare.py talk
+	$(BIN)/python train.py config/talk_cpu.py
+	$(BIN)/python train.py config/talk_gpt_cpu.py
+	$(BIN)/python eval_learning.py --out_dir=out/talk_cpu --baseline=out/talk_gpt_cpu
+	printf 'My dog is called Bruno.\nThe code of the garage is 4071.\nMy favourite song is zalima.\n' | $(SAY) --reset_memory
+	$(BIN)/python -m pydoc json > out/talk_cpu/json.txt
+	$(SAY) --interactive=False --learn=out/talk_cpu/json.txt
+	printf 'What is my dog called?\nWhat is the code of the garage?\nWhat is my favourite song?\nWhat is my cat called?\n' | $(SAY)
+	printf 'What is my dog called?\nWhat is the code of the garage?\n' | $(SAY) --reset_memory
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -152,10 +152,10 @@ def draw(results, config, path):
         for (name, found), style in zip(results['in the window'].items(), ('--', ':'), strict=False):
             ax.axhline(scale * np.mean([f[key] for f in found]), color='tab:green', linestyle=style,
                        label=f"in {name}'s window, without memory")
-        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax, title in ((recall, 'words recalled, %'), (moved, "|M - M'|: how far a showing moved it"),
                       (sure, 'log-probability, nats per token'), (hold, 'words recalled, %')):
         ax.set(title=title, xlabel='times shown' if ax is not hold else 'tokens of other text read afterwards')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     recall.set_ylim(-4, 104)
     hold.set_ylim(-4, 104)

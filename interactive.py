@@ -46,17 +46,25 @@ def history():
             readline.write_history_file(HISTORY)
 
 
+def line_after(prompt):
+    """A line that is typed; one from a pipe is shown as if it had been."""
+    line = input(prompt)
+    if not sys.stdin.isatty():
+        print(line, flush=True)
+    return line
+
+
 def ask():
     """What the user says next, of one line or several."""
-    line = input('> ')
+    line = line_after('> ')
     if line.startswith('"""'):
         lines = [line[3:]]
         while '"""' not in lines[-1]:
-            lines.append(input('. '))
+            lines.append(line_after('. '))
         lines[-1] = lines[-1].partition('"""')[0]
         return '\n'.join(lines).strip('\n')
     while line.endswith('\\'):
-        line = line[:-1] + '\n' + input('. ')
+        line = line[:-1] + '\n' + line_after('. ')
     return line
 
 

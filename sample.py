@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import interactive
 import memory_file
 from configurator import UserError
 from dataset import Tokenizer
@@ -228,6 +229,17 @@ class Conversation:
         return f"{path}: {memory_file.size(size)}, after {self.state.pos:,} tokens"
 
 
+def sample(talk, prompt):
+    """Print what a conversation makes of a prompt."""
+    talk.hear(talk.reader.encode(prompt))
+    if talk.config.num_samples > 1:
+        return side_by_side(talk, prompt, talk.config.num_samples)
+    print(prompt, end='', flush=True)
+    began, made = time.time(), []
+    talk.answer(made.append)
+    say_speed(len(made), began)
+
+
 def side_by_side(talk, prompt, count):
     """Print `count` continuations of the prompt that talk has heard, drawn as one batch."""
     stops, texts = talk.config.stops(), [''] * count
@@ -253,8 +265,17 @@ def say_speed(made, began):
     print(f"({made} tokens, {made / (time.time() - began):,.0f} tokens/s)", file=sys.stderr)
 
 
-def ended(number, frame):
-    raise SystemExit(128 + number)
+@contextlib.contextmanager
+def ending(*names):
+    """Signals that end the program end it as an exception would: what has to be saved is."""
+    def end(number, frame):
+        raise SystemExit(128 + number)
+    before = {number: signal.signal(number, end) for name in names if (number := getattr(signal, name, None))}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv):
@@ -270,29 +291,19 @@ def main(argv):
         talk.fingerprint()
         if not config.reset_memory and (os.path.exists(config.memory) or not keep):
             talk.load(config.memory)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal saves, too
-        signal.signal(number, ended)
-    try:
-        if text is not None:
-            talk.learn(text)
-        if config.interactive:
-            import interactive
-            return interactive.converse(talk, keep)
-        if prompt is not None:
-            talk.hear(talk.reader.encode(prompt))
-            if config.num_samples > 1:
-                side_by_side(talk, prompt, config.num_samples)
-            else:
-                print(prompt, end='', flush=True)
-                began, made = time.time(), []
-                talk.answer(made.append)
-                say_speed(len(made), began)
-    except KeyboardInterrupt:
-        print()
-        return 130
-    finally:
-        if keep:
-            with contextlib.suppress(BrokenPipeError):
+    with ending('SIGTERM', 'SIGHUP'):  # a closed terminal, too
+        try:
+            if text is not None:
+                talk.learn(text)
+            if config.interactive:
+                return interactive.converse(talk, keep)
+            if prompt is not None:
+                sample(talk, prompt)
+        except KeyboardInterrupt:
+            print()
+            return 130
+        finally:
+            if keep:
                 print(talk.save(keep), file=sys.stderr)
     return 0
 

@@ -108,14 +108,14 @@ def conversation(rng, tokenizer, texts, length):
             family, key = list(told)[rng.integers(len(told))]
             say(FAMILIES[family][2].format(key) + '\n')
             answer(FAMILIES[family][3].format(key))
-            recall(told[family, key])
-            say('.\n', SAY)
+            recall(told[family, key] + '.')
+            say('\n', SAY)
         else:
             words, again = phrases[rng.integers(len(phrases))].split(), rng.integers(2)
             cut = int(rng.integers(1, 3))
             say(('Learn: ' if again else 'Recite: ') + ' '.join(words[:cut]) + '\n' * (not again))
-            recall(' ' + ' '.join(words[cut:]))
-            say('.\n', SAY)
+            recall(' ' + ' '.join(words[cut:]) + '.')
+            say('\n', SAY)
             if again:
                 say(TOLD, SAY)
     return np.array(ids[:length]), np.array(weights[:length], np.uint16)

@@ -18,6 +18,7 @@ from test_train import same
 import checkpoint
 import configurator
 import eval_needle
+import memory_file
 import plot
 import prepare
 import sample
@@ -148,6 +149,29 @@ def test_checkpoints(place, data):
             assert content['step'] == max(3, changed['step'])
     finally:
         torch.save(good, path)
+
+
+@fuzz(80)
+@given(st.data(), st.booleans())
+def test_memory_files(place, data, in_bytes):
+    """Changed on the disk, or written by someone else with the right sum: refused and left as it is, or gone on with."""
+    argv = ['--memory=me.mem', '--max_new_tokens=3', '--prompt=def', '--device=cpu']
+    if not os.path.exists('good.mem'):
+        sample.main(['--memory=good.mem', *argv[1:]])
+    good = Path('good.mem').read_bytes()
+    if in_bytes:
+        at = data.draw(st.integers(0, len(good) - 1))
+        changed = data.draw(st.sampled_from([good[:at], good[:at] + bytes([good[at] ^ 16]) + good[at + 1:]]))
+        Path('me.mem').write_bytes(changed)
+    else:
+        content = mutate(torch.load('good.mem', weights_only=True), data.draw)
+        rest = {k: v for k, v in content.items() if k != 'sha256'}
+        torch.save(content | ({'sha256': memory_file.digest(rest)} if 'sha256' in content else {}), 'me.mem')
+        changed = Path('me.mem').read_bytes()
+    if isinstance(one_line(lambda: sample.main(argv)), UserError):
+        assert Path('me.mem').read_bytes() == changed
+    else:
+        assert torch.load('me.mem', weights_only=True)['tokens'] > 0
 
 
 @fuzz(40)

@@ -1,0 +1,144 @@
+"""Conversations to learn from, and what is measured of what was learned."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import TINY, refused
+
+import eval_learning
+import needle
+import prepare
+import talk
+import train
+from dataset import Dataset, Tokenizer
+from eval_learning import Phrase, ask
+from sample import Reader
+
+SENTENCES = [['The grass is green.', 'The sky is blue and the sun is yellow.'], ['Here we go, there and back again.']]
+BYTES = Tokenizer({'kind': 'byte'})
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_every_answer_is_right(seed):
+    """What is asked for was told last as it is answered; 'I do not know.' only where nothing was; weights stand on answers."""
+    ids, weights = talk.conversation(np.random.default_rng(seed), BYTES, SENTENCES, 4000)
+    assert len(ids) == len(weights) == 4000
+    told, phrases, answered, end = {}, set(), 0, 0
+    lines = BYTES.decode(ids.tolist()).split('\n')[:-1]
+    for said, answer in zip(lines[::2], lines[1::2], strict=False):
+        start, end = end + len(said) + 1, end + len(said) + len(answer) + 2
+        if end > 4000:
+            break
+        assert weights[start:end].min() > 1  # all of an answer counts
+        for _, tell, asks, reply in talk.FAMILIES:
+            pattern = {name: re.escape(x).replace(r'\{\}', r'(\w+)') for name, x in
+                       (('tell', tell), ('asks', asks), ('reply', reply))}
+            if match := re.fullmatch(pattern['tell'] + r' (\w+)\.', said):
+                told[tell, match[1]] = match[2]
+                assert answer + '\n' == talk.TOLD
+            elif match := re.fullmatch(pattern['asks'], said):
+                answered += 1
+                value = told.get((tell, match[1]))
+                assert answer == ('I do not know.' if value is None else f'{reply.format(match[1])} {value}.')
+        if said.startswith('Learn: '):
+            phrases.add(said[7:-1])
+            assert answer + '\n' == talk.TOLD
+        if said.startswith('Recite: '):
+            answered += 1
+            assert f'{said[8:]}{answer[:-1]}' in phrases
+    assert answered > 5 and weights.max() > 100
+
+
+def test_prepare_talk(tmp_path, capsys):
+    """Rows of whole conversations whose words are tokens; the same for the same seed."""
+    for name in 'a', 'b':
+        prepare.main(['talk', f'--data_dir={tmp_path / name}', '--rows=32'])
+    data = Dataset(str(tmp_path / 'a'), 'talk')
+    assert data.meta == Dataset(str(tmp_path / 'b'), 'talk').meta and data.row_len == 257
+    tokenizer = Tokenizer(data.tokenizer)
+    assert len(tokenizer.encode('My dog is called Bruno.')) == 6 and len(tokenizer.encode('Your dog is called Xq.')) == 8
+    assert 'at least the' in refused(prepare.main, 'talk', f'--data_dir={tmp_path}', '--words=9')
+    assert 'needle' not in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp('talk')
+    prepare.main(['talk', f'--data_dir={place}', '--rows=32'])
+    for arch in 'mac', 'gpt', 'mag':
+        assert train.main(['--dataset=talk', f'--data_dir={place}', f'--out_dir={place}/{arch}', f'--arch={arch}', *TINY]) == 0
+    return place
+
+
+def learning(place, *flags):
+    return [f'--out_dir={place}/mac', '--device=cpu', '--words=6', '--phrases=2', '--times=3', '--between=20', '--hold=30,50',
+            *flags]
+
+
+def test_learning_measures_what_it_says(model, capsys):
+    """Every number of the first phrase again, from plain forwards over the whole text so far."""
+    pytest.importorskip('matplotlib')
+    assert eval_learning.main(learning(model, f'--baseline={model}/gpt')) == 0
+    found = json.loads((model / 'mac' / 'learning.json').read_text())
+    assert (model / 'mac' / 'learning.png').read_bytes()[:4] == b'\x89PNG'
+    reader = Reader(str(model / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
+    phrase = Phrase(found['phrases'][0], 3, reader)
+    assert phrase.given == ' '.join(phrase.text.split()[:3]) == found['given'][0]
+    other = needle.Haystack(needle.reference(), reader.tokenizer)
+    at = other.place(np.random.default_rng([1337, 1, 0]).random())
+    text = other.cut(at, at + 200).tolist()
+    for name, update_memory in ('memory', True), ('never written', False):
+        lesson, read, states = found[name][0], text[:20], []
+        for n, row in enumerate([*lesson['times'], *lesson['hold']]):
+            if 0 < n <= 3:
+                before = reader.read(torch.tensor([read]), None, update_memory)
+                after = reader.read(torch.tensor([read + phrase.shown]), None, update_memory)
+                read = read + phrase.shown + text[20 * n:20 * n + 20]
+                m, w = (s.blocks[0].memory.weights[0] for s in (before, after))
+                assert row['moved'] == pytest.approx((m - w).norm().item(), abs=1e-5) and (row['moved'] > 0) == update_memory
+            elif n > 3:
+                read = read + (text[80:110] if n == 4 else text[110:130])
+                assert row['tokens'] == (30, 50)[n - 4]
+            idx = torch.tensor([read + phrase.ids])
+            logits = reader.model(idx[:, :-1], idx[:, 1:], update_memory=update_memory)[0][0, -len(phrase.ids) + phrase.start:]
+            rest = idx[0, -len(phrase.ids) + phrase.start:]
+            right = logits.gather(1, rest[:, None])
+            assert row['log_prob'] == pytest.approx(logits.log_softmax(-1).gather(1, rest[:, None]).mean().item(), abs=1e-4)
+            assert row['rank'] == pytest.approx((logits > right).sum(1).float().mean().item() + 1, abs=1e-3)
+            states.append(row)
+        assert len(states) == 6
+    assert set(found['in the window']) == {'mac', 'gpt'}
+    assert 'in the window of gpt' in capsys.readouterr().out
+
+
+def test_words_recalled(model):
+    """Words at their place: a model made to say the phrase has all of them, one that slips once all but one."""
+    reader = Reader(str(model / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
+    phrase = Phrase('Learn: red oak stone lamp tea.', 2, reader)
+    say = {'now': phrase.ids[phrase.start:]}
+    reader.model.stream = lambda *_, **__: ((torch.tensor([[i]]), None) for i in say['now'])
+    with torch.no_grad():
+        assert ask(reader, phrase, None, True)['recalled'] == 1
+        say['now'] = reader.tokenizer.encode(' oak iron lamp tea.')
+        assert ask(reader, phrase, None, True)['recalled'] == 0.75
+        say['now'] = reader.tokenizer.encode(' iron oak stone lamp')
+        assert ask(reader, phrase, None, True)['recalled'] == 0
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--between=5', ('attention reaches 8 tokens', '--between=8')), ('--out_dir={}/mag --between=100', ('reaches 128', )),
+    ('--out_dir={}/gpt', ('no long-term memory that could learn',)), ('--phrase=red', ('its first 2 words, of 1',)),
+    ('--words=2', ('longer than its beginning',)), ('--hold=x', ("hold='x'",)), ('--times=0', ('times=0',)),
+    ('--other=none.txt', ('none.txt: No such file',)),
+])
+def test_learning_refuses(model, flags, words):
+    message = refused(eval_learning.main, *learning(model, *flags.format(model).split()))
+    assert all(word in message for word in words), message
+
+
+def test_binary_text_is_refused(model, tmp_path):
+    Path(tmp_path / 'x').write_bytes(b'abc\0def')
+    assert 'binary (a zero byte at 3)' in refused(eval_learning.main, *learning(model, f'--other={tmp_path}/x'))
