@@ -9,6 +9,7 @@ import torch
 from test_cli import TINY, refused
 
 import eval_learning
+import eval_talk
 import needle
 import prepare
 import talk
@@ -126,6 +127,30 @@ def test_words_recalled(model):
         assert ask(reader, phrase, None, True)['recalled'] == 0.75
         say['now'] = reader.tokenizer.encode(' iron oak stone lamp')
         assert ask(reader, phrase, None, True)['recalled'] == 0
+
+
+def test_talk_asks_for_what_it_told(model, monkeypatch):
+    """One who has heard every word answers all right, and one who adds a letter nothing; the gap is as long as it says."""
+    pytest.importorskip('matplotlib')
+    sizes, end = [], []
+
+    def answer(reader, question, heard, update_memory):
+        text = reader.tokenizer.decode(heard)
+        told = text[:text.rindex(talk.TOLD) + len(talk.TOLD)]
+        sizes.append(len(heard) - len(reader.tokenizer.encode(told + '\n' + talk.SEEN)))
+        for _, tell, asked, reply in talk.FAMILIES:
+            if key := re.fullmatch(re.escape(asked).replace(r'\{\}', r'(\w+)'), question):
+                found = re.search(f'{re.escape(tell.format(key[1]))} (\\w+)\\.\n', text)
+                return f'{reply.format(key[1])} {found[1]}{end[-1]}.' if found else 'I do not know.'
+    monkeypatch.setattr(eval_talk, 'answer', answer)
+    monkeypatch.setattr(eval_talk, 'read', lambda reader, text, heard, _: (heard or []) + (
+        text if isinstance(text, list) else reader.tokenizer.encode(text)))
+    for slip, right in ('', 1), ('s', 0):
+        end.append(slip)
+        assert eval_talk.main([f'--out_dir={model}/mac', '--device=cpu', '--facts=4', '--gaps=0,30', '--samples=2']) == 0
+        for rows in json.loads((model / 'mac' / 'talk.json').read_text())['facts']['4'].values():
+            assert [(r['gap'], r['right'], r['unknown']) for r in rows] == [(0, right, 1), (30, right, 1)]
+    assert sizes == ([0] * 8 + [30] * 8) * 8
 
 
 @pytest.mark.parametrize('flags, words', [

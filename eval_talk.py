@@ -1,0 +1,131 @@
+"""
+How many things does a model that was told them remember, for how long, and does it know what it was not told?
+
+    python eval_talk.py --out_dir=out/talk_cpu
+    python eval_talk.py --out_dir=out/talk_cpu --facts=12 --gaps=65536 --samples=10
+
+Some facts are told, other text follows, then each is asked for, and as many things that were never told: right is the whole
+answer, greedy, to the letter. Beside it the same with the memory never written. talk.json and talk.png in out_dir.
+"""
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import configurator
+from checkpoint import save_json
+from configurator import UserError
+from eval_needle import numbers
+from needle import Haystack, reference
+from plot import brief, pyplot
+from sample import Reader, read_text, until
+from talk import FAMILIES, SEEN, TOLD, UNKNOWN, draw_value
+
+MOST = 40  # tokens of an answer
+
+
+@dataclass
+class TalkConfig:
+    out_dir: str = 'out/talk_cpu'
+    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
+    facts: str = '1,3,6'            # told one after the other
+    gaps: str = '256,2048,16384'    # tokens of other text between telling and asking
+    samples: int = 20               # conversations for each number of facts
+    other: str = ''                 # a file with other text; '' = the Python language reference
+    seed: int = 1337
+    device: str = 'auto'
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+
+    def __post_init__(self):
+        numbers(self, 'facts', 1, 32)
+        numbers(self, 'gaps', 0)
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1")
+
+
+def read(reader, text, state, update_memory):
+    ids = text if isinstance(text, list) else reader.tokenizer.encode(text)
+    return reader.read(torch.tensor([ids], dtype=torch.long, device=reader.device), state, update_memory)
+
+
+@torch.no_grad()
+def answer(reader, question, state, update_memory):
+    """The line that a model in this state says to a line; the state stays what it was."""
+    with reader.autocast:
+        made = reader.model.stream(reader.encode(question + '\n'), MOST, temperature=0, state=state,
+                                   update_memory=update_memory)
+        return ''.join(until(reader.tokenizer.decode_stream(token.item() for token, _ in made), ['\n']))
+
+
+def conversation(reader, other, facts, gaps, rng, update_memory):
+    """-> for each gap how many facts were answered right, and of as many things not told how many were known as such"""
+    things = [(f, key) for f, family in enumerate(FAMILIES) for key in family[0]]
+    chosen = [things[i] for i in rng.permutation(len(things))[:2 * facts]]
+    told = {thing: draw_value(rng, thing[0]) for thing in chosen[:facts]}
+    at, done, found = other.place(rng.random()), 0, []
+    state = read(reader, ''.join(f"{FAMILIES[f][1].format(key)}{value}.\n{TOLD}" for (f, key), value in told.items()), None,
+                 update_memory)
+    for gap in gaps:
+        state, done = read(reader, other.cut(at + done, at + gap).tolist(), state, update_memory), gap
+        asked = read(reader, '\n' + SEEN, state, update_memory)
+        right = {thing: answer(reader, FAMILIES[thing[0]][2].format(thing[1]), asked, update_memory) for thing in chosen}
+        found.append((sum(right[f, key] == f"{FAMILIES[f][3].format(key)}{value}." for (f, key), value in told.items()),
+                      sum(right[thing] == UNKNOWN.rstrip() for thing in chosen[facts:])))
+    return found
+
+
+def draw(results, gaps, path):
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained', sharey=True)
+    for (name, rows), color in zip(results.items(), plt.get_cmap('tab10').colors, strict=False):
+        for on, style in (True, '-'), (False, ':'):
+            for ax, key in zip(axes, ('right', 'unknown'), strict=True):
+                ax.plot(range(len(gaps)), [100 * r[key] for r in rows['memory' if on else 'never written']], style, marker='o',
+                        color=color, label=f"{name} told" + ('' if on else ', never written'))
+    for ax, title in zip(axes, ('what was told, answered right, %', 'what was not told, known as such, %'), strict=True):
+        ax.set(title=title, xlabel='tokens of other text in between', ylim=(-4, 104))
+        ax.set_xticks(range(len(gaps)), ['0' if g == 0 else brief(g) for g in gaps])
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv):
+    config = configurator.load(TalkConfig, argv, __doc__)
+    reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    if reader.content['provenance'].get('dataset') != 'talk':
+        raise UserError(f"{reader.path} was not trained to talk; python prepare.py talk, and train on that")
+    other = read_text(config.other) if config.other else reference()
+    other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
+    pyplot()  # before the work, if it is missing
+    counts, gaps, results = numbers(config, 'facts', 1), numbers(config, 'gaps', 0), {}
+    modes = {'memory': True, 'never written': False} if reader.model.config.memory_blocks() else {'memory': True}
+    with tqdm(total=len(counts) * len(modes) * config.samples, unit='conversation') as bar:
+        for n in counts:
+            results[str(n)] = {}
+            for name, update_memory in modes.items():
+                found = []
+                for i in range(config.samples):
+                    rng = np.random.default_rng([config.seed, n, i])
+                    found.append(conversation(reader, other, n, gaps, rng, update_memory))
+                    bar.update()
+                shares = (np.array(found).mean(0) / n).tolist()  # (gaps, 2)
+                results[str(n)][name] = [{'gap': g, 'right': r, 'unknown': u} for g, (r, u) in zip(gaps, shares, strict=True)]
+    path, about = os.path.join(config.out_dir, 'talk.json'), {'samples': config.samples, 'seed': config.seed}
+    save_json(path, about | {'step': reader.content['step'], 'facts': results}, indent=1)
+    print(f"{'':<32}" + ''.join(f"{brief(g) if g else '0':>20}" for g in gaps))
+    for n, rows in results.items():
+        for name, row in rows.items():
+            print(f"{n + ' told, ' + name:<32}" + ''.join(f"{r['right']:>10.0%}{r['unknown']:>10.0%}" for r in row))
+    print("first what was told and answered right, then what was not told and known as such")
+    draw(results, gaps, path.replace('.json', '.png'))
+    print(f"wrote {path} and {path.replace('.json', '.png')}")
+    return 0
+
+
+if __name__ == '__main__':
+    configurator.run(main)
