@@ -1,5 +1,6 @@
 """What wandb and TensorBoard hold at the end is log.jsonl, whatever happened on the way."""
 import dataclasses
+import errno
 import json
 import os
 import struct
@@ -108,11 +109,13 @@ def test_a_new_run_in_the_same_folder_is_another(data_dir, tmp_path, wandb, tens
     assert {'log.jsonl', 'tensorboard', 'wandb.json'} <= set(os.listdir(tmp_path / 'out' / 'earlier-1'))
 
 
-def test_only_one_process_reports(data_dir, tmp_path, wandb):  # noqa: F811
-    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=1, eval_interval=1, wandb_log=True)
-    processes.run(config, 2)
-    values, ids, exits = synced(config)
-    assert values == logged(config) and len(ids) == 1 and exits == [0]
+def test_only_the_first_process_reports(data_dir, tmp_path, monkeypatch, wandb):  # noqa: F811
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=1, wandb_log=True, tensorboard_log=True)
+    process = train.Process('cpu')
+    process.main = False
+    monkeypatch.setattr(train, 'Process', lambda device: process)
+    assert train.train(config) == 0
+    assert not os.path.exists(config.out_dir)
 
 
 @pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
@@ -134,6 +137,18 @@ def test_wandb_without_a_login_gets_one_line(data_dir, tmp_path, monkeypatch, wa
     monkeypatch.setenv('WANDB_MODE', 'sometimes')
     with pytest.raises(UserError, match='^wandb: .*sometimes'):
         train.train(config)
+
+
+def test_a_disk_that_is_full_gets_one_line(data_dir, tmp_path, monkeypatch, tensorboard):  # noqa: F811
+    from torch.utils.tensorboard import SummaryWriter
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), tensorboard_log=True)
+
+    def full(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for name in 'flush', '_get_file_writer':  # in the middle, and from the first
+        monkeypatch.setattr(SummaryWriter, name, full)
+        with pytest.raises(UserError, match='^cannot write .*/tensorboard: No space left on device$'):
+            train.train(config)
 
 
 def test_tokens_are_those_that_were_read(data_dir, tmp_path):  # noqa: F811
