@@ -195,7 +195,7 @@ def set_aside(out_dir):
     n = max((int(m[1]) for name in names if (m := re.fullmatch(r'earlier-(\d+)', name))), default=0) + 1
     folder = os.path.join(out_dir, f'earlier-{n}')
     os.makedirs(folder)
-    for name in old + [name for name in names if name == 'log.jsonl']:
+    for name in old + [name for name in names if name in ('log.jsonl', 'tensorboard', 'wandb.json')]:
         os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
     return n
 

@@ -1,31 +1,58 @@
 """
-Draw the loss curves of one run or several, from their log.jsonl: in the terminal, and into loss.png of the first. And what its
-memories did, a line a block, into memory.png: gates that stay shut, or a memory whose size stands still, are dead.
+Draw the curves of one run or several, from their log.jsonl: losses in the terminal and into loss.png of the first, what their
+memories did into memory.png, a row of panels a run, a line a block: gates that stay shut, or a memory whose size stands still,
+are dead. A run may be going on still.
 
     python plot.py out/stdlib_cpu [out/another ...]
+    python plot.py --x=tokens out/compare/*     # or hours, those of training without evaluation; step is the default
 """
 import json
+import math
 import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 import configurator
 from configurator import UserError
 
 
-def read(out_dir):
-    """-> {'loss': (steps, values), 'val_loss': (steps, values), 'memory': (steps, {name: one value a block})}"""
+@dataclass
+class PlotConfig:
+    x: Literal['step', 'tokens', 'hours'] = 'step'
+
+
+def read(out_dir, x='step'):
+    """-> {'loss': (where, values), 'val_loss': (where, values), 'memory': (where, [{name: one value a block}])}, where of x"""
     path = os.path.join(out_dir, 'log.jsonl')
     try:
         with open(path, encoding='utf-8') as f:
-            rows = [json.loads(line) for line in f]
-        curves = {key: ([r['step'] for r in rows if key in r], [r[key] for r in rows if key in r])
-                  for key in ('loss', 'val_loss', 'memory')}
+            lines = f.readlines()
+        if lines and lines[-1][0] == '{' and lines[-1][-1] != '\n':  # being written
+            lines.pop()
+        rows, hours, tokens = [json.loads(line) for line in lines], 0.0, 0
+        if x != 'step' and rows and 'step' in rows[0] and 'tokens' not in rows[0]:
+            raise UserError(f"{path} does not count tokens; give --x=step")
+        for row in rows if x == 'hours' else ():
+            if 'tokens_per_s' in row:
+                hours, tokens = hours + (row['tokens'] - tokens) / row['tokens_per_s'] / 3600, row['tokens']
+            row['hours'] = hours
+        curves = {key: ([float(r[x]) for r in rows if key in r], [kind(r[key]) for r in rows if key in r])
+                  for key, kind in (('loss', float), ('val_loss', float), ('memory', dict))}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the out_dir of a run") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, ArithmeticError):
         raise UserError(f"{path}: not the log of a run") from None
-    if not curves['val_loss'][0]:
+    if not curves['loss'][0] and not curves['val_loss'][0]:
         raise UserError(f"{path}: nothing has been logged yet")
     return curves
+
+
+def names(out_dirs):
+    """What tells runs apart: their paths, without the folders that all of them are in."""
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(d)) for d in out_dirs])
+    return [os.path.relpath(d, above) for d in out_dirs]
 
 
 def pyplot():
@@ -39,19 +66,56 @@ def pyplot():
     return matplotlib.pyplot
 
 
-PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
-
-
-def draw_memory(steps, values, path):
-    """A panel for each of PANELS, a line for each block."""
+def draw_loss(runs, x, path):
+    """For each run its validation loss and, paler, its training loss."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3 * len(PANELS), 2.6), layout='constrained')
-    for ax, name in zip(axes, PANELS, strict=True):
-        lines = ax.plot(steps, [v[name] for v in values], linewidth=1)
-        ax.set(title=name, xlabel='step')
-        ax.grid(alpha=0.3)
-    axes[0].legend(lines, [str(i) for i in range(len(lines))], title='memory', fontsize='x-small', ncols=2)
+    many = len(runs) > 8
+    figure, axes = plt.subplots(figsize=(9 if many else 7, 4 + 0.1 * max(len(runs) - 20, 0)), layout='constrained')
+    colours = plt.get_cmap('turbo')(np.linspace(0.05, 0.95, len(runs))) if len(runs) > 10 else plt.get_cmap('tab10').colors
+    for (name, curves), colour in zip(runs.items(), colours, strict=False):
+        axes.plot(*curves['loss'], color=colour, alpha=0.15 if many else 0.3, linewidth=1, zorder=1)
+        axes.plot(*curves['val_loss'], color=colour, marker='o', markersize=3 if len(curves['val_loss'][0]) < 50 else 0,
+                  linewidth=1.2, label=name)
+    later = [v for curves in runs.values() for v in curves['val_loss'][1][1:] + curves['loss'][1][-1:] if math.isfinite(v)]
+    if len(runs) > 1 and len(later) > len(runs):  # what they all begin with would leave no room for what they differ in
+        low = min(v for curves in runs.values() for key in ('loss', 'val_loss') for v in curves[key][1] if math.isfinite(v))
+        axes.set_ylim(low - 0.05 * (max(later) - low), max(later) + 0.05 * (max(later) - low))
+    axes.set(xlabel=LABELS[x], ylabel='loss (nats per token)', title='validation; paler: training')
+    axes.title.set_fontsize('small')
+    axes.grid(alpha=0.3)
+    if many:
+        figure.legend(loc='outside right upper', fontsize='small')
+    else:
+        axes.legend()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
+LABELS = {'step': 'step', 'tokens': 'tokens', 'hours': 'hours of training'}
+
+
+def draw_memory(runs, x, path):
+    """A row of PANELS for each run, a line for each of its blocks, from dark to light."""
+    plt = pyplot()
+    figure, axes = plt.subplots(len(runs), len(PANELS), figsize=(3 * len(PANELS), 0.6 + 2 * len(runs)), squeeze=False,
+                                sharex=True, sharey='col', layout='constrained')
+    for row, (run, curves) in zip(axes, runs.items(), strict=True):
+        where, values = curves['memory']
+        for ax, name in zip(row, PANELS, strict=True):
+            blocks = list(zip(*(v[name] for v in values), strict=True))
+            colours = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(blocks)))
+            for i, (block, colour) in enumerate(zip(blocks, colours, strict=True)):
+                ax.plot(where, block, linewidth=1, color=colour, label=str(i))
+            ax.grid(alpha=0.3)
+        row[0].legend(title='memory', fontsize='x-small', title_fontsize='x-small', ncols=2)
+        row[0].set_ylabel(run)
+    for ax, name in zip(axes[0], PANELS, strict=True):
+        ax.set_title(name)
+    for ax in axes[-1]:
+        ax.set_xlabel(LABELS[x])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def brief(n):
@@ -60,42 +124,39 @@ def brief(n):
 
 
 def main(argv):
-    if {'-h', '--help'} & set(argv):
-        print(__doc__.strip())
-        return 0
-    if not argv or argv[0].startswith('-'):
+    config = configurator.load(PlotConfig, [a for a in argv if a.startswith('-')], __doc__)
+    out_dirs = list(dict.fromkeys(os.path.normpath(a) for a in argv if not a.startswith('-')))
+    if not out_dirs:
         raise UserError("give the out_dir of at least one run")
-    curves = {out_dir: read(out_dir) for out_dir in argv}
-    plt = pyplot()
+    runs = dict(zip(names(out_dirs), (read(out_dir, config.x) for out_dir in out_dirs), strict=True))
+    pyplot()
     try:
         import plotext
     except ImportError:
         raise UserError("plot.py needs plotext: pip install 'nanotitans[plots]'") from None
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    plotext.clear_figure()
     plotext.plotsize(90, 18)
     plotext.theme('clear')
-    for out_dir, curve in curves.items():
-        name = os.path.basename(out_dir.rstrip('/'))
-        line, = axes.plot(*curve['val_loss'], marker='o', markersize=3, label=f'{name} (validation)')
-        axes.plot(*curve['loss'], color=line.get_color(), alpha=0.3, linewidth=1)
-        plotext.plot(*curve['val_loss'], label=f'{name} (validation)', marker='braille')
-    axes.set(xlabel='step', ylabel='loss (nats per token)')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = os.path.join(argv[0], 'loss.png')
-    figure.savefig(path, dpi=150)
-    plotext.xlabel('step')
+    for name, curves in runs.items():
+        shown = [(at, v) for at, v in zip(*curves['val_loss'], strict=True) if math.isfinite(v)]
+        if shown:
+            plotext.plot(*zip(*shown, strict=True), label=name if len(runs) < 9 else None, marker='braille')
+    plotext.xlabel(LABELS[config.x])
     plotext.show()
-    for out_dir, curve in curves.items():
-        print(f"{out_dir}: last validation loss {curve['val_loss'][1][-1]:.4f}, best {min(curve['val_loss'][1]):.4f}")
+    for out_dir, curves in zip(out_dirs, runs.values(), strict=True):
+        losses = curves['val_loss'][1]
+        print(f"{out_dir}: " + (f"last validation loss {losses[-1]:.4f}, best {min(losses):.4f}" if losses else
+                                f"not evaluated yet, last training loss {curves['loss'][1][-1]:.4f}"))
+    path = os.path.join(out_dirs[0], 'loss.png')
+    draw_loss(runs, config.x, path)
     print(f"wrote {path}")
-    steps, values = curves[argv[0]]['memory']
-    if any(values):
-        path = os.path.join(argv[0], 'memory.png')
+    runs = {name: curves for name, curves in runs.items() if any(curves['memory'][1])}
+    if runs:
+        path = os.path.join(out_dirs[0], 'memory.png')
         try:
-            draw_memory(steps, values, path)
+            draw_memory(runs, config.x, path)
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{argv[0]}/log.jsonl: what it has of the memories cannot be drawn") from None
+            raise UserError(f"{out_dirs[0]}/log.jsonl: what it has of the memories cannot be drawn") from None
         print(f"wrote {path}")
     return 0
 

@@ -10,7 +10,6 @@ Train a model.
 machines, SLURM and preemption.
 """
 import dataclasses
-import json
 import math
 import os
 import shlex
@@ -32,6 +31,7 @@ from configurator import UserError
 from dataset import Dataset
 from model import TitansConfig, detach_state, map_state, nearest, uncounted
 from parallel import Process, local, pick_dtype, placed_as, run, whole
+from tracking import Tracker
 
 
 @dataclass
@@ -50,7 +50,8 @@ class TrainConfig(TitansConfig):
     eval_iters: int = 20            # batches of batch_size sequences a split
     eval_only: bool = False
     log_interval: int = 10
-    wandb_log: bool = False
+    tensorboard_log: bool = False   # into out_dir/tensorboard
+    wandb_log: bool = False         # WANDB_MODE=offline: into out_dir/wandb alone
     wandb_project: str = 'nanotitans'
     wandb_run_name: str = ''        # '' = out_dir
     # data
@@ -217,7 +218,7 @@ class Run:
     def __init__(self, config):
         self.process = Process(config.device)
         self.device = self.process.device
-        self.path, self.log_path = (os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'log.jsonl'))
+        self.path = os.path.join(config.out_dir, 'ckpt.pt')
         there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
         self.resumed = config.init_from == 'resume' or (config.init_from == 'auto' and self.process.any(there)[0])
         if self.process.restarts and config.init_from not in ('resume', 'auto'):
@@ -241,7 +242,8 @@ class Run:
         if self.data.row_len and config.carry_state:
             raise UserError(f"carry_state=True: the rows of data set '{config.dataset}' are texts of their own, none goes on "
                             "where another stopped")
-        self.step, self.best_val_loss, self.best_step, self.saved, self.wandb = 0, math.inf, None, None, None
+        self.tracker = Tracker(config)
+        self.step, self.best_val_loss, self.best_step, self.saved = 0, math.inf, None, None
         self.skips, self.skips_in_a_row, self.signals, self.commit = 0, 0, Signals(), commit()
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
@@ -582,17 +584,10 @@ class Run:
             print(text, flush=True)
 
     def log(self, text, **metrics):
-        """One line for the eye, one for log.jsonl, the same to wandb."""
-        if not self.process.main:
-            return
-        print(f"step {self.step:>5}/{self.config.max_iters} | {text}", flush=True)
-        try:
-            with open(self.log_path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps({'step': self.step, **metrics}) + '\n')
-        except OSError as error:
-            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
-        if self.wandb:
-            self.wandb.log(metrics, step=self.step)
+        """One line for the eye, one for the tracker."""
+        if self.process.main:
+            print(f"step {self.step:>5}/{self.config.max_iters} | {text}", flush=True)
+            self.tracker.log(self.step, metrics)
 
     def prepare_folder(self):
         """out_dir without what a killed run left half-written and, for a new run, without what one before has saved."""
@@ -606,33 +601,6 @@ class Run:
             raise UserError(f"cannot write {self.config.out_dir}: {error.strerror}") from None
         if n:
             print(f"what an earlier run left in {self.config.out_dir} is now in its folder earlier-{n}")
-
-    def open_logs(self):
-        config = self.config
-        if config.eval_only:
-            return
-        try:
-            kept = []
-            if self.resumed and os.path.exists(self.log_path):
-                with open(self.log_path, encoding='utf-8') as f:  # what came after the checkpoint will come again
-                    kept = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= self.step]
-            with open(self.log_path + '.partial', 'w', encoding='utf-8') as f:
-                f.writelines(kept)
-            os.replace(self.log_path + '.partial', self.log_path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.log_path} is damaged; move it away to resume without it") from None
-        if config.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("wandb_log=True needs wandb: pip install 'nanotitans[wandb]'") from None
-            try:
-                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
-                                        config=dataclasses.asdict(config))
-            except wandb.Error as error:
-                raise UserError(f"wandb: {str(error).splitlines()[0]}; log in, or set WANDB_MODE=offline") from None
 
     def table(self):
         config = self.config
@@ -723,14 +691,11 @@ class Run:
 def train(config):
     """Run a TrainConfig to its end. -> exit status: 0, or 130 after Ctrl-C; a signal saves before it ends the run."""
     this = Run(config)
-    try:
-        with this.signals:
-            this.process.on_main(this.open_logs)
-            this.table()
-            return this.loop()
-    finally:
-        if this.wandb:
-            this.wandb.finish()
+    with this.tracker, this.signals:
+        if not config.eval_only:
+            this.process.on_main(this.tracker.open, this.step if this.resumed else None)
+        this.table()
+        return this.loop()
 
 
 def main(argv):

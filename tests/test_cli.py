@@ -260,11 +260,54 @@ def test_plot_draws_a_run(trained, capsys):
     assert Path('out/loss.png').read_bytes()[:4] == b'\x89PNG'
 
 
+def test_plot_draws_several_runs(trained, capsys, monkeypatch):
+    """Of the same name, one of them being written, one whose memories are others; against steps, tokens or hours."""
+    pytest.importorskip('matplotlib')
+    pytest.importorskip('plotext')
+    assert train.main(['--dataset=text', *TINY, '--out_dir=b/out', '--memory_layers=none', '--log_interval=1']) == 0
+    assert train.main(['--dataset=text', *TINY, '--out_dir=c/out', '--n_layer=2', '--log_interval=1', '--batch_size=4']) == 0
+    whole = {x: plot.read('c/out', x) for x in ('step', 'tokens', 'hours')}
+    with open('c/out/log.jsonl', 'a') as f:
+        f.write('{"step": 3, "lo')
+    assert {x: plot.read('c/out', x) for x in whole} == whole
+    assert whole['step']['loss'][0] == [1, 2] and whole['tokens']['loss'][0] == [4 * 16, 2 * 4 * 16]
+    first, second = whole['hours']['loss'][0]
+    assert 0 < first < second == whole['hours']['val_loss'][0][-1]
+    assert plot.names(['c/out', './b/out']) == ['c/out', 'b/out'] and plot.names(['c/out', 'c/x']) == ['out', 'x']
+    drawn = []
+    monkeypatch.setattr(plot, 'draw_memory', lambda runs, *_: drawn.append(list(runs)))
+    monkeypatch.setattr(plot, 'draw_loss', lambda runs, x, _: drawn.append((list(runs), x)))
+    assert plot.main(['b/out', 'c/out/', 'c/out', '--x=hours']) == 0
+    assert drawn == [(['b/out', 'c/out'], 'hours'), ['c/out']]
+    monkeypatch.undo()
+    monkeypatch.chdir(trained)
+    assert plot.main(['b/out', 'c/out', 'out', '--x=tokens']) == 0
+    assert {'loss.png', 'memory.png'} <= set(os.listdir('b/out')) and not os.path.exists('c/out/loss.png')
+
+
+@pytest.mark.parametrize('n', [1, 3, 12])
+def test_a_runs_curves_share_a_colour(tmp_path, monkeypatch, n):
+    plt = pytest.importorskip('matplotlib.pyplot')
+    monkeypatch.setattr(plt, 'close', lambda figure: None)
+    losses = [5.5, 2.0, 1.5]
+    runs = {f'run {i}': {'loss': ([1.0, 2.0], losses[1:]), 'val_loss': ([0.0, 1.0, 2.0], losses)} for i in range(n)}
+    plot.draw_loss(runs, 'step', str(tmp_path / 'loss.png'))
+    figure = plt.gcf()
+    lines = figure.axes[0].lines
+    assert [line.get_color() is not None and str(line.get_color()) for line in lines[::2]] == [
+        str(line.get_color()) for line in lines[1::2]]
+    assert len({str(line.get_color()) for line in lines}) == n
+    monkeypatch.undo()
+    plt.close('all')
+
+
 @pytest.mark.parametrize('argv, words', [((), 'out_dir of at least one run'), (('none',), 'none/log.jsonl: No such file'),
-                                         (('bad',), 'not the log of a run'), (('empty',), 'nothing has been logged')])
+                                         (('bad',), 'not the log of a run'), (('empty',), 'nothing has been logged'),
+                                         (('begun',), 'nothing has been logged'), (('old', '--x=hours'), 'give --x=step'),
+                                         (('old', '--x=time'), "x must be one of 'step'")])
 def test_plot_refuses(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    for name, text in ('bad', 'no json'), ('empty', ''):
+    for name, text in ('bad', 'no json'), ('empty', ''), ('begun', '{"step": 0, "tr'), ('old', '{"step": 0, "loss": 5}\n'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'log.jsonl').write_text(text)
     assert words in refused(plot.main, *argv)
