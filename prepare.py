@@ -203,8 +203,8 @@ def needle(config):
     if config.tokenizer not in ('auto', 'word', 'gpt2'):
         raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) or gpt2")
     texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
-    tokenizer = Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else word_tokenizer(
-        needles.vocabulary(), texts['train'], config.words)
+    tokenizer = (Tokenizer({'kind': 'gpt2'}) if config.tokenizer == 'gpt2' else
+                 word_tokenizer(needles.vocabulary(), texts['train'], config.words))
     what, noise = config.haystack or 'the Python language reference', needles.Haystack(needles.NOISE, tokenizer)
     haystacks = {split: {'noise': noise, 'text': needles.Haystack(text, tokenizer, f"{what} ({split})", least=1000)}
                  for split, text in texts.items()}

@@ -1,6 +1,8 @@
 """GPT-2 with a memory: at step 0 it says what transformers' GPT-2 says; then the memory joins."""
+import dataclasses
 import json
 
+import processes
 import pytest
 import torch
 from test_model import all_logits, tensors
@@ -201,3 +203,18 @@ def test_without_a_network(monkeypatch):
     monkeypatch.setattr('transformers.AutoConfig.from_pretrained', lambda name: (_ for _ in ()).throw(OSError("no\nnetwork")))
     with pytest.raises(UserError, match="init_from='gpt2'.*no network.*connect once, or give a folder"):
         gpt2.fetch('gpt2')
+
+
+def test_frozen_over_processes(folder, place):
+    """Two processes with FSDP: the losses of one, and the shards go on with everything trained, GPT-2's size from them."""
+    options = {'dataset': 'text', 'device': 'cpu', 'batch_size': 2, 'eval_iters': 2, 'eval_interval': 2, 'log_interval': 1,
+               'warmup_iters': 0, 'max_iters': 2, 'learning_rate': 1e-2, 'init_from': folder, 'freeze_backbone': True, **SMALL}
+    one, many = (train.TrainConfig(**options, out_dir=f'{place}/{name}', parallel=parallel)
+                 for name, parallel in (('one', 'auto'), ('many', 'fsdp')))
+    alone = processes.curve(processes.run(one))
+    for (*at, a), (*where, b) in zip(alone, processes.curve(processes.run(many, 2)), strict=True):
+        assert at == where and a == pytest.approx(b, abs=1e-5)
+    more = {'init_from': 'resume', 'freeze_backbone': False, 'max_iters': 4}
+    ends = [processes.curve(processes.run(dataclasses.replace(config, **more), world))[-1]
+            for config, world in ((one, 0), (many, 2))]
+    assert ends[0][0] == ends[1][0] == 4 and ends[0][2] == pytest.approx(ends[1][2], abs=1e-4)

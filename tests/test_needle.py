@@ -50,7 +50,7 @@ def here(place, monkeypatch):
 
 
 def tokenizers():
-    found = [Tokenizer({'kind': 'byte'}), prepare.word_tokenizer(TEXT, 768)]
+    found = [Tokenizer({'kind': 'byte'}), prepare.word_tokenizer(needle.vocabulary(), TEXT, 768)]
     try:
         return [*found, Tokenizer({'kind': 'gpt2'})]
     except UserError:
@@ -58,7 +58,7 @@ def tokenizers():
 
 
 def test_word_tokenizer_keeps_any_text():
-    tokenizer = prepare.word_tokenizer(TEXT, 400)
+    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
     strange = "One of the\n\n  special magic Uuids: 3e4d-77 œuvre\t½ … zebras'"
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
     assert tokenizer.encode(" zebra 4821907.") == [tokenizer.ids[p] for p in (b' zebra', b' 4', b'8', b'2', b'1', b'9', b'0',
@@ -111,7 +111,7 @@ def test_rows_reach_the_model_whole_and_weighted(here):
 
 @pytest.mark.parametrize('length', [0, 5, 24, 100, 1000, 200_000])
 def test_fill_has_the_length_and_keeps_sentences_whole(length):
-    tokenizer = prepare.word_tokenizer(TEXT, 400)
+    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
     haystack, mark = Haystack(needle.NOISE, tokenizer), [1]
     for u, depth in (0.0, 0.0), (0.3, 0.5), (0.99, 1.0), (0.5, 0.77):
         stop = haystack.place(u)
@@ -145,7 +145,7 @@ def test_contexts_are_equally_long_and_hold_every_value(here, task, tokenizer):
 
 
 def test_a_long_context_costs_no_memory(here):
-    tokenizer = prepare.word_tokenizer(TEXT, 400)
+    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
     haystack = Haystack(needle.NOISE, tokenizer)
     total = largest = 0
     for part, _ in haystack.fill(haystack.place(0.5), 3_000_000, [(0.5, [1])]):
