@@ -113,6 +113,10 @@ class TitansGPT2(TitansGPT):
         super().__init__(config)
         self.wpe = nn.Embedding(config.stretch(), config.n_embd)
         nn.init.normal_(self.wpe.weight, std=0.02)
+        for block in self.blocks:  # behind a closed gate nothing drowns the stream: it opens on something of size 1
+            if block.memory is not None:
+                nn.init.ones_(block.memory.gain)
+                block.c_proj.weight.data.copy_(block.memory.c_qkv.weight[-config.n_embd:].mT)
 
     def embed(self, idx, pos):
         at = (pos + torch.arange(idx.size(1), device=idx.device)) % self.wpe.num_embeddings
