@@ -38,7 +38,7 @@ import configurator
 from configurator import UserError
 from model import TitansConfig, TitansGPT
 from parallel import BYTES_A_PARAMETER, pick_device, pick_dtype
-from plot import brief, pyplot
+from plot import brief, pyplot, save
 from train import TrainConfig, commit
 
 SMALL = {'vocab_size': 256, 'segment_len': 64, 'window_len': 64}
@@ -455,8 +455,7 @@ def draw(rows, title, path):
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv):

@@ -47,10 +47,11 @@ def write(path, content, copies=()):
         os.replace(partial, path)
         sync_folder(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
         kept = "; the one before it is untouched" if os.path.exists(path) else ""
         raise UserError(f"cannot save {path}: {reason(error)}{kept}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
 
 
 def reason(*errors):
@@ -86,14 +87,23 @@ def sync_folder(path):
         os.close(folder)
 
 
-def save_json(path, content, indent=None):
-    """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
+@contextlib.contextmanager
+def beside(path):
+    """A name to write under, that becomes `path` when all is written. UserError if it cannot be."""
     try:
-        with open(path + '.partial', 'w', encoding='utf-8') as f:
-            json.dump(content, f, indent=indent)
+        yield path + '.partial'
         os.replace(path + '.partial', path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.partial')
+
+
+def save_json(path, content, indent=None):
+    """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
+    with beside(path) as partial, open(partial, 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=indent)
 
 
 def load(path):

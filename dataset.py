@@ -110,6 +110,24 @@ def gpt2():
                         "TIKTOKEN_CACHE_DIR to a folder that has them") from None
 
 
+def read_text(path, what='text', most=-1):
+    """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
+    name = 'standard input' if path == '-' else path
+    try:
+        with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
+            data = f.read(4 * most if most > 0 else -1)
+        text = codecs.getincrementaldecoder('utf-8')().decode(data, final=most < 0 or len(data) < 4 * most)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: the {what} is not UTF-8 text (byte {error.start})") from None
+    if '\0' in text:
+        raise UserError(f"{name}: the {what} is binary (a zero byte at {data.index(0)}), not text")
+    if not text:
+        raise UserError(f"{name}: the {what} is empty")
+    return text[:most] if most > 0 else text
+
+
 class Writer:
     """
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`

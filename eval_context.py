@@ -21,7 +21,7 @@ import configurator
 from checkpoint import save_json
 from configurator import UserError
 from dataset import Dataset
-from plot import brief, pyplot
+from plot import brief, pyplot, save
 from sample import Reader
 
 BLOCK = 1024  # tokens read at once
@@ -82,8 +82,7 @@ def draw(curves, path):
     axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv):

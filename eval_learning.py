@@ -8,8 +8,8 @@ Does repetition teach? A phrase is shown again and again, other text between; af
 Measured from the memory as it is after 0, 1, 2, ... showings, and then after more and more other text: the log-probability of
 the rest of the phrase, the rank of its tokens and how many are likeliest, the words that a greedy continuation has at their
 place, and how far one showing moved M. Beside it the same with a memory that is never written; and with the phrase just read,
-in the attention window alone: the model's own, and that of a baseline. Between showing and question stands more text than
-attention reaches. learning.json and learning.png in out_dir.
+in the attention window alone: the model's own, if it fits in there, and that of a baseline. Between showing and question stands
+more text than attention reaches. learning.json and learning.png in out_dir.
 """
 import os
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from tqdm import tqdm
 import configurator
 from checkpoint import save_json
 from configurator import UserError
+from dataset import read_text
 from eval_needle import numbers
 from needle import Haystack, reference
-from plot import brief, pyplot
-from sample import Reader, read_prompt, read_text
+from plot import brief, names, pyplot, save
+from sample import Reader, read_prompt
 from talk import WORDS
 
 
@@ -97,7 +98,7 @@ def lesson(reader, phrase, other, config, update_memory, bar):
     """Show, read on, ask, and again; then read on and on. -> {'times': [...], 'hold': [...]}, one dict of numbers each"""
     def read(ids, state):
         bar.update(len(ids))
-        return reader.read(torch.tensor([ids], device=reader.device), state, update_memory)
+        return reader.read(ids, state, update_memory)
 
     def results(state, **more):
         return {name: round(x, 6) for name, x in (ask(reader, phrase, state, update_memory) | more).items()}
@@ -118,9 +119,11 @@ def lesson(reader, phrase, other, config, update_memory, bar):
 
 
 def window(reader, text, begin):
-    """What a model knows of a phrase that it has just read, from attention alone."""
+    """What a model knows of a phrase that it has just read, from attention alone; None if attention does not reach over it."""
     phrase = Phrase(text, begin, reader)
-    return ask(reader, phrase, reader.read(torch.tensor([phrase.shown], device=reader.device), None, False), False)
+    if len(phrase.shown) + len(phrase.ids) > reach(reader.model.config):
+        return None
+    return ask(reader, phrase, reader.read(phrase.shown, None, False), False)
 
 
 def reach(config):
@@ -161,8 +164,7 @@ def draw(results, config, path):
     hold.set_ylim(-4, 104)
     hold.set_xticks(held, ['0', *(brief(t) for t in held[1:])], fontsize=8)
     moved.legend(*recall.get_legend_handles_labels(), fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv):
@@ -192,9 +194,10 @@ def main(argv):
                 at = other.place(np.random.default_rng([config.seed, 1, i]).random())
                 stream = (int(x) for start in range(at, 1 << 62, 1024) for x in other.cut(start, start + 1024))
                 results[name].append(lesson(reader, phrase, stream, config, update_memory, bar))
-    for r in (reader, *others):
-        results['in the window'][os.path.basename(os.path.dirname(r.path))] = [window(r, text, p.begin) for text, p in
-                                                                               zip(texts, phrases, strict=True)]
+    for r, name in zip((reader, *others), names([os.path.dirname(r.path) for r in (reader, *others)]), strict=True):
+        found = [window(r, text, p.begin) for text, p in zip(texts, phrases, strict=True)]
+        if None not in found:
+            results['in the window'][name] = found
     path = os.path.join(config.out_dir, 'learning.json')
     save_json(path, {'phrases': [p.text for p in phrases], 'given': [p.given for p in phrases], 'between': config.between,
                      'window': reach(reader.model.config), 'step': reader.content['step'], **results}, indent=1)

@@ -30,7 +30,7 @@ import configurator
 from checkpoint import save_json
 from configurator import UserError
 from needle import NEEDLE, NOISE, TASKS, Haystack, question
-from plot import brief, pyplot
+from plot import brief, pyplot, save
 from sample import Reader
 
 BLOCK = 1024  # tokens of each sample read at once
@@ -245,8 +245,7 @@ def draw(cells, tasks, models, path):
     figure.supxlabel('context, tokens', fontsize=9)
     figure.supylabel('depth of the needle', fontsize=9)
     figure.colorbar(image, ax=axes, label='exact answers, %', fraction=0.05)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def flat(asker, config, tick):

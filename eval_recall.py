@@ -18,7 +18,7 @@ import torch
 import configurator
 from checkpoint import save_json
 from configurator import UserError
-from plot import pyplot
+from plot import pyplot, save
 from recall import PAIRS, recall_row
 from sample import Reader
 
@@ -70,8 +70,7 @@ def draw(results, path):
     axes.set(xlabel='pairs', ylabel='recalled three segments later, %', ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv):

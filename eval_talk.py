@@ -18,10 +18,11 @@ from tqdm import tqdm
 import configurator
 from checkpoint import save_json
 from configurator import UserError
+from dataset import read_text
 from eval_needle import numbers
 from needle import Haystack, reference
-from plot import brief, pyplot
-from sample import Reader, read_text, until
+from plot import brief, pyplot, save
+from sample import Reader, until
 from talk import FAMILIES, SEEN, TOLD, UNKNOWN, draw_value
 
 MOST = 40  # tokens of an answer
@@ -48,7 +49,7 @@ class TalkConfig:
 
 def read(reader, text, state, update_memory):
     ids = text if isinstance(text, list) else reader.tokenizer.encode(text)
-    return reader.read(torch.tensor([ids], dtype=torch.long, device=reader.device), state, update_memory)
+    return reader.read(ids, state, update_memory)
 
 
 @torch.no_grad()
@@ -90,8 +91,7 @@ def draw(results, gaps, path):
         ax.set_xticks(range(len(gaps)), ['0' if g == 0 else brief(g) for g in gaps])
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv):

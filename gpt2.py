@@ -68,8 +68,8 @@ class Graft:
             mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device))
             y = self.attn(q, k, v, mask if own is None else mask & own[:, None, None])
             if beside is not None:
-                context = self.attn(q, *(b.expand(x.size(0), -1, -1, -1) for b in beside), mask.new_ones(1, 1))
-                y = y + self.gate_context * context
+                beside_q = (b.expand(x.size(0), -1, -1, -1) for b in beside)
+                y = y + self.gate_context * self.attn(q, *beside_q, mask.new_ones(n, self.persist.size(1)))
             here = (here + n) % self.window
             seen = slice(None if here else past + n, None)  # nothing of a stretch that is full
             cache = KVCache(k[:, :, seen], v[:, :, seen], None, None if own is None else own[:, seen])
@@ -151,7 +151,7 @@ def fetch(source):
     remedy = ("connect once, or give a folder that has them" if source in NAMES else
               "give a folder that transformers' GPT2LMHeadModel.save_pretrained wrote: config.json and model.safetensors")
     try:
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         if kind != 'gpt2':
             raise ValueError(f"its config.json is of a {kind}")
         found, info = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32,
@@ -179,7 +179,9 @@ def shape(found):
 
 def shape_there(model_config):
     """Those of a checkpoint's model_config, if its backbone is GPT-2's."""
-    return {name: model_config[name] for name in SHAPE} if model_config.get('backbone') == 'gpt2' else {}
+    found = {name: model_config.get(name) for name in SHAPE}
+    kinds = (str, int, int, int, int, bool, bool)
+    return found if found['backbone'] == 'gpt2' and tuple(map(type, found.values())) == kinds else {}
 
 
 def freeze(model):
@@ -195,14 +197,14 @@ def freeze(model):
 
 def with_shape(config, options):
     """A TrainConfig with some options as the weights have them. UserError if the others do not go with them."""
-    if not options:
-        return config
     try:
-        new = dataclasses.replace(config, **options)
+        new = dataclasses.replace(config, **options) if options else config
+        new.model_config()  # widths and heads can be held against each other now
     except ValueError as error:
-        raise UserError(f"{error} (n_layer={options['n_layer']}, n_head={options['n_head']} and n_embd={options['n_embd']} are "
-                        "GPT-2's)") from None
-    new.ignored = config.ignored
+        of = f" (n_layer={options['n_layer']}, n_head={options['n_head']} and n_embd={options['n_embd']} are GPT-2's)"
+        raise UserError(f"{error}{of if options else ''}") from None
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    new.ignored = config.ignored + [k for k, v in options.items() if getattr(config, k) not in (v, defaults[k])]
     return new
 
 

@@ -12,7 +12,6 @@ The text is read twice, with the memory as trained and with the memory never wri
     memory_norms.png     the size of M, of S and of what is read, surprise, and the nats won, by windows
 """
 import codecs
-import contextlib
 import math
 import os
 import sys
@@ -26,9 +25,10 @@ from tqdm import tqdm
 
 import configurator
 import inspect_page
-from checkpoint import save_json
+from checkpoint import beside, save_json
 from configurator import UserError
-from plot import pyplot
+from dataset import read_text
+from plot import pyplot, save
 from recorder import TOKEN, WRITE, record
 from sample import Reader
 
@@ -52,29 +52,19 @@ class InspectConfig:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 2: the first token has no loss")
 
 
-def read_text(path, max_tokens, tokenizer):
-    """The first max_tokens tokens of a text file. -> ids, whether that is all of it"""
+def first_tokens(path, most, tokenizer):
+    """The first `most` tokens of a text file. -> ids, whether that is all of it"""
     if not path:
         raise UserError("text is missing: give a file with --text=FILE")
-    letters = max_tokens * (1 if tokenizer.spec['kind'] in ('byte', 'char') else 64)  # no more can be in so many tokens
-    try:
-        with open(0 if path == '-' else path, 'rb') as f:
-            content = f.read(4 * letters)
-            whole = not f.read(1)
-        if b'\0' in content:
-            raise UserError(f"{path}: a binary file, it has NUL bytes; give a text")
-        text = codecs.getincrementaldecoder('utf-8')().decode(content, final=whole)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start + 1}); convert it first") from None
+    letters = most * (1 if tokenizer.spec['kind'] in ('byte', 'char') else 64)  # no more can be in so many tokens
+    text = read_text(path, most=letters + 1)
     try:
         ids = tokenizer.encode(text[:letters])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if len(ids) < 2:
         raise UserError(f"{path}: {len(ids)} tokens are not enough to read; give a longer text")
-    return ids[:max_tokens], whole and len(text) <= letters and len(ids) <= max_tokens
+    return ids[:most], len(text) <= letters and len(ids) <= most
 
 
 def cells(tokenizer, ids):
@@ -139,18 +129,6 @@ def windows(content, unit):
     return edges[1:], curves
 
 
-@contextlib.contextmanager
-def beside(path):
-    """A name to write under, that becomes `path` when all is written. UserError if it cannot be."""
-    try:
-        yield path + '.partial'
-        os.replace(path + '.partial', path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.partial')
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def draw_text(content, segment_len, path):
     """Surprise and gates: a panel each, a row a layer, a column a token, or the mean of some where they are too many."""
     plt = pyplot()
@@ -170,9 +148,7 @@ def draw_text(content, segment_len, path):
     marked = segment_len and T // segment_len <= 200
     axes[-1].set_xticks(range(0, T + 1, segment_len) if marked else (), minor=True)
     axes[-1].set_xlabel(f'token, a tick for every segment of {segment_len}' if marked else 'token')
-    with beside(path) as partial:
-        figure.savefig(partial, dpi=150, format='png')
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_norms(ends, curves, blocks, path):
@@ -187,9 +163,7 @@ def draw_norms(ends, curves, blocks, path):
         ax.grid(alpha=0.3)
     axes[0].legend(title='block', fontsize='x-small', ncols=2)
     axes[-1].axhline(0, color='0.6', linewidth=0.8)
-    with beside(path) as partial:
-        figure.savefig(partial, dpi=150, format='png')
-    plt.close(figure)
+    save(figure, path)
 
 
 def totals(reader, content, whole):
@@ -216,7 +190,7 @@ def main(argv):
     if not options.memory_blocks():
         raise UserError(f"{reader.path}: a model without memory (arch='{options.arch}', memory_layers="
                         f"'{options.memory_layers}') has nothing to show; give another with --out_dir=")
-    ids, whole = read_text(config.text, config.max_tokens, reader.tokenizer)
+    ids, whole = first_tokens(config.text, config.max_tokens, reader.tokenizer)
     html = config.html or os.path.join(config.out_dir, 'memory.html')
     if not os.path.isdir(os.path.dirname(html) or '.'):
         raise UserError(f"cannot write {html}: no such folder")

@@ -6,13 +6,14 @@ import html
 import json
 import math
 
-SHOWN = ('theta', 'eta', 'alpha', 'surprise', 'value', 'read')
+from recorder import TOKEN
 
 
 def rows(values, form='.3g'):
     """Numbers, None or lists of them, as JSON of few characters."""
-    return '[' + ','.join(rows(x, form) if isinstance(x, list) else 'null' if x is None else f'{x:{form}}'
-                          for x in values) + ']'
+    def one(x):
+        return rows(x, form) if isinstance(x, list) else 'null' if x is None or not math.isfinite(x) else f'{x:{form}}'
+    return f"[{','.join(map(one, values))}]"
 
 
 def escape(text):
@@ -35,7 +36,7 @@ def text_html(cells, segment_len):
 def ticks(low, high):
     """Some three round numbers between low and high."""
     unit = 10 ** math.floor(math.log10((high - low) / 2))
-    unit *= next(f for f in (5, 2, 1) if (high - low) / (f * unit) >= 2)
+    unit *= next((f for f in (5, 2) if (high - low) / (f * unit) >= 2), 1)
     first = math.ceil(low / unit - 1e-9)
     return [i * unit for i in range(first, math.floor(high / unit + 1e-9) + 1)]
 
@@ -77,13 +78,13 @@ def colour(i, n):
 
 
 NOTES = {'|M|': 'size of the memory', '|S|': 'size of its momentum', 'read': 'size of what is read',
-         'surprise': 'mean of |M(k) − v|', 'nats won': 'a token, by writing'}
+         'surprise': 'size of M(k) − v', 'nats won': 'a token, by writing'}
 
 
 def page(name, totals, cells, content, ends, curves, segment_len, chunk_len):
     """-> the HTML. totals [(label, value, note)], cells [(text, tokens)], curves {name: (layers or 1, windows)} at `ends`."""
     blocks, tokens = content['blocks'], len(content['tokens'])
-    data = [f'"{key}":{rows(content[key])}' for key in SHOWN]
+    data = [f'"{key}":{rows(content[key])}' for key in TOKEN]
     data += [f'"{key}":{rows(content[key], ".4f")}' for key in ('loss', 'loss_off')]  # their difference has to be right too
     data += [f'"blocks":{json.dumps(blocks)},"segment":{segment_len},"chunk":{chunk_len}']
     parts = {

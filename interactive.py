@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 
+import memory_file
 from configurator import UserError
 from recorder import record
 
@@ -50,29 +51,29 @@ def line_after(prompt):
     """A line that is typed; one from a pipe is shown as if it had been."""
     line = input(prompt)
     if not sys.stdin.isatty():
-        print(line, flush=True)
+        print(line.encode(errors='surrogateescape').decode(errors='replace'), flush=True)
     return line
 
 
 def ask():
     """What the user says next, of one line or several."""
     line = line_after('> ')
-    if line.startswith('"""'):
-        lines = [line[3:]]
-        while '"""' not in lines[-1]:
+    quoted, lines = line.startswith('"""'), [line[3:] if line.startswith('"""') else line]
+    with contextlib.suppress(EOFError):  # what was typed by then counts
+        while ('"""' not in lines[-1]) if quoted else lines[-1].endswith('\\'):
+            if not quoted:
+                lines[-1] = lines[-1][:-1]
             lines.append(line_after('. '))
+    if quoted:
         lines[-1] = lines[-1].partition('"""')[0]
-        return '\n'.join(lines).strip('\n')
-    while line.endswith('\\'):
-        line = line[:-1] + '\n' + line_after('. ')
-    return line
+    return '\n'.join(lines).strip('\n')
 
 
 class Commands:
     """What a line with / does to a sample.Conversation; keep: the file of its memory, or ''; seen: a Record or None."""
 
-    def __init__(self, talk, keep, seen):
-        self.talk, self.keep, self.seen, self.ids = talk, keep, seen, []
+    def __init__(self, chat, keep, seen):
+        self.chat, self.keep, self.seen, self.ids = chat, keep, seen, []
 
     def __call__(self, line):
         """-> whether the conversation is over. UserError if there is no such command, or it cannot be carried out."""
@@ -91,48 +92,62 @@ class Commands:
     def memory(self, rest):
         if rest not in ('', 'on', 'off'):
             raise UserError(f"/memory {rest}: on or off")
-        self.talk.update_memory = {'on': True, 'off': False}.get(rest, self.talk.update_memory)
-        read = f"{self.talk.state.pos:,}" if self.talk.state else 'no'
-        note(f"memory is {'written and read' if self.talk.update_memory else 'read, not written'}; {read} tokens so far")
+        self.chat.update_memory = {'on': True, 'off': False}.get(rest, self.chat.update_memory)
+        read = f"{self.chat.state.pos:,}" if self.chat.state else 'no'
+        note(f"memory is {'written and read' if self.chat.update_memory else 'read, not written'}; {read} tokens so far")
 
     def surprise(self, rest):
         """A line for each token: surprise as a part of what was to be learned, mean over the memories; theta; the token."""
         if self.seen is None:
             raise UserError("this model has no long-term memory to be surprised")
-        if not self.ids:
+        if not self.seen.surprise.numel():
             raise UserError("nothing has been read yet")
         part = self.seen.surprise[:, 0] / self.seen.value[:, 0].clamp_min(1e-9)  # (layers, T)
         rows = zip(part.mean(0).tolist(), self.seen.theta[:, 0].mean(0).tolist(), self.ids[:part.size(1)], strict=True)
         for p, theta, token in list(rows)[-LAST:]:
-            note(f"{p:6.2f} {'#' * round(20 * min(p, 1)):<20}  theta {theta:.4f}  {self.talk.tokenizer.decode([token])!r}")
+            note(f"{p:6.2f} {'#' * round(20 * min(p, 1)):<20}  theta {theta:.4f}  {self.chat.tokenizer.decode([token])!r}")
 
     def reset(self, rest):
-        self.talk.reset()
-        note("everything is forgotten" + (f"; {self.keep} will be overwritten with what comes" if self.keep else ""))
+        self.chat.reset()
+        there = self.keep and self.chat.update_memory and os.path.exists(self.keep)
+        if there:
+            os.remove(self.keep)
+        note("everything is forgotten" + (f", and {self.keep} removed" if there else ""))
 
     def save(self, rest):
         if not (rest or self.keep):
             raise UserError("/save needs a name: /save FILE")
-        note(self.talk.save(rest or self.keep))
+        if rest:
+            memory_file.check_place(rest)
+        note(self.chat.save(rest or self.keep))
 
     def load(self, rest):
         if not (rest or self.keep):
             raise UserError("/load needs a name: /load FILE")
-        self.talk.load(rest or self.keep)
+        self.chat.load(rest or self.keep)
+        if rest and self.keep:
+            note(f"what comes is kept in {self.keep}")
 
 
-def converse(talk, keep):
+def converse(chat, keep):
     """Talk until the user has enough. -> exit status"""
+    if sys.stdin is None:
+        raise UserError("there is no standard input to chat through")
+    if hasattr(sys.stdin, 'reconfigure'):  # bytes that are no text are passed on as they are
+        sys.stdin.reconfigure(errors='surrogateescape')
     note("say something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits")
-    recorded = record(talk.model) if talk.model.config.memory_blocks() else contextlib.nullcontext()
+    recorded = record(chat.model) if chat.model.config.memory_blocks() else contextlib.nullcontext()
     with history(), recorded as seen:
-        commands = Commands(talk, keep, seen)
+        commands = Commands(chat, keep, seen)
         while True:
             try:
                 line = ask()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print()
                 return 0
+            except KeyboardInterrupt:
+                note("\n(Ctrl-D quits)")
+                continue
             if not line:
                 continue
             try:
@@ -140,17 +155,17 @@ def converse(talk, keep):
                     if commands(line):
                         return 0
                     continue
+                heard = chat.reader.encode(line[line.startswith('//'):] + '\n')
                 if seen is not None:
                     seen.clear()
-                heard = talk.reader.encode(line[line.startswith('//'):] + '\n')
-                commands.ids = talk.unread[0].tolist() + heard[0].tolist()
-                talk.hear(heard)
+                commands.ids = chat.unread[0].tolist() + heard[0].tolist()
+                chat.hear(heard)
                 try:
-                    talk.answer(commands.ids.append)
+                    chat.answer(commands.ids.append)
                 except KeyboardInterrupt:
                     note("\n(stopped)")
-                if keep and talk.update_memory:
-                    talk.save(keep)
+                if keep and chat.update_memory:
+                    chat.save(keep)
             except UserError as error:
                 note(error)
             except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """
-A memory that stays: what a conversation has left in a model, in a file of its own. It is small whatever was read, and of use to
-the weights that wrote it alone.
+A memory that stays: what a conversation has left in a model, in a file of its own, whose size does not grow with what was read.
+It is of use to the weights that wrote it alone.
 
     memory (the format), model (whose memory it is), tokens (read so far), unread (said last, to be read next),
     state (the carried state of one row, as plain types), sha256 (of all that)
@@ -88,10 +88,14 @@ def finite(state):
 
 
 def check_place(path):
-    """UserError, before anything is read, if a file could not be written there."""
+    """UserError, before anything is read or lost, if a memory could not be written there, or would replace something else."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"memory='{path}': {'that is a folder' if os.path.isdir(path) else f'cannot write into {folder}'}")
+        raise UserError(f"{path}: {'that is a folder' if os.path.isdir(path) else f'cannot write into {folder}'}")
+    if os.path.exists(path):
+        content = checkpoint.read(path, 'memory file', '; remove it, or give another name')
+        if not isinstance(content, dict) or 'memory' not in content:
+            raise UserError(f"{path}: not a memory file, and will not be made one; give another name")
 
 
 def size(n):

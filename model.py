@@ -91,13 +91,6 @@ class TitansConfig:
         need(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4; the nearest is "
              f"{min(max(self.memory_depth, 1), 4)}", 'memory_depth')
-        C = self.n_embd
-        for name, least in ('n_head', 2), ('memory_heads', 1):
-            heads, fits = getattr(self, name), [h for h in range(1, C + 1) if C % (h * least) == 0]
-            need(heads in fits, f"n_embd={C} must be a multiple of {name}={heads}"
-                 + (", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
-                 + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
-                 + f"n_embd={nearest(C, least * heads)} fits", name)
         need(self.segment_len % max(self.chunk_len, 1) == 0, f"segment_len={self.segment_len} must be a multiple of chunk_len="
              f"{self.chunk_len}; segment_len={nearest(self.segment_len, self.chunk_len)} is", 'segment_len', 'chunk_len')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
@@ -111,20 +104,31 @@ class TitansConfig:
         if self.memory_gates == 'hard':  # nothing would ever tell such a gate to close
             need(self.memory_decay < 1, "memory_decay=1 gets no gradient with memory_gates='hard'; start below 1",
                  'memory_decay')
+        self.check_shape()
+
+    def check_shape(self):
+        """What depends on n_layer and n_embd, which pretrained weights may decide."""
+        C, blocks = self.n_embd, self.memory_blocks()
+        if blocks and not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
+            raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
+        for name, least in ('n_head', 2), ('memory_heads', 1):
+            heads, fits = getattr(self, name), [h for h in range(1, C + 1) if C % (h * least) == 0]
+            if heads not in fits and name not in self.unused():
+                raise ValueError(f"n_embd={C} must be a multiple of {name}={heads}" + (
+                    ", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
+                    + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
+                    + f"n_embd={nearest(C, least * heads)} fits")
 
     def memory_blocks(self):
-        """The indices of the blocks that have a memory. ValueError if memory_layers names others than the model has."""
+        """The indices of the blocks that have a memory. ValueError if memory_layers is no list of them."""
         if 'memory_layers' in BLOCKS[self.arch].unused or self.memory_layers == 'none':
             return []
         if self.memory_layers == 'all':
             return list(range(self.n_layer))
         try:
-            blocks = sorted({int(i) for i in self.memory_layers.split(',')})
+            return sorted({int(i) for i in self.memory_layers.split(',')})
         except ValueError:
             raise ValueError(f"memory_layers='{self.memory_layers}' must be 'all', 'none' or a list such as '0,2'") from None
-        if not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
-            raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
-        return blocks
 
     def stretch_name(self):
         """The option that says how far one attention reaches."""

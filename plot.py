@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 import configurator
+from checkpoint import beside
 from configurator import UserError
 
 
@@ -66,6 +67,13 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def save(figure, path):
+    """A picture, whole or not at all. UserError if it cannot be written."""
+    with beside(path) as partial:
+        figure.savefig(partial, dpi=150, format='png')
+    pyplot().close(figure)
+
+
 def draw_loss(runs, x, path):
     """For each run its validation loss and, paler, its training loss."""
     plt = pyplot()
@@ -87,8 +95,7 @@ def draw_loss(runs, x, path):
         figure.legend(loc='outside right upper', fontsize='small')
     else:
         axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
@@ -114,8 +121,7 @@ def draw_memory(runs, x, path):
         ax.set_title(name)
     for ax in axes[-1]:
         ax.set_xlabel(LABELS[x])
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def brief(n):
@@ -156,7 +162,7 @@ def main(argv):
         try:
             draw_memory(runs, config.x, path)
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{out_dirs[0]}/log.jsonl: what it has of the memories cannot be drawn") from None
+            raise UserError(f"{', '.join(runs)}: what log.jsonl has of the memories cannot be drawn") from None
         print(f"wrote {path}")
     return 0
 

@@ -39,7 +39,7 @@ import needle as needles
 import recall as recalls
 import talk as talks
 from configurator import UserError, load, run
-from dataset import WORD, Dataset, Tokenizer, Writer
+from dataset import WORD, Dataset, Tokenizer, Writer, read_text
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -95,17 +95,6 @@ def verify(path, sha256):
         raise UserError(f"{path}: the checksum differs from the known one; this is not the file it should be")
 
 
-def read_text(path, what):
-    if not path:
-        raise UserError(f"{what} is missing; give it as --{what}=FILE")
-    try:
-        return Path(path).read_bytes().decode('utf-8')
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
 def write_texts(name, config, kind, train, val):
     kind = 'byte' if kind == 'auto' else kind
     if kind == 'word':
@@ -141,9 +130,9 @@ def stdlib(config):
 
 def shakespeare_text(config):
     if config.source:
-        return read_text(config.source, 'source')
+        return read_text(config.source)
     return read_text(download(SHAKESPEARE, os.path.join(config.data_dir, 'downloads', 'tinyshakespeare.txt'),
-                              SHAKESPEARE_SHA256), 'source')
+                              SHAKESPEARE_SHA256))
 
 
 def shakespeare_char(config):
@@ -159,9 +148,11 @@ def shakespeare(config):
 
 
 def text(config):
-    train = read_text(config.train_path, 'train_path')
+    if not config.train_path:
+        raise UserError("train_path is missing; give it as --train_path=FILE")
+    train = read_text(config.train_path)
     cut = int(len(train) * 0.9)
-    train, val = (train, read_text(config.val_path, 'val_path')) if config.val_path else (train[:cut], train[cut:])
+    train, val = (train, read_text(config.val_path)) if config.val_path else (train[:cut], train[cut:])
     write_texts('text', config, config.tokenizer, train, val)
 
 
@@ -175,7 +166,7 @@ def haystack_texts(config):
         return [tokenizer.decode(data.read(split, [0], min(data.tokens[split], 1_000_000))[0].tolist())
                 for split in ('train', 'val')]
     else:
-        whole = read_text(config.haystack, 'haystack')
+        whole = read_text(config.haystack)
     cut = int(len(whole) * 0.9)
     return whole[:cut], whole[cut:]
 
@@ -219,6 +210,8 @@ def talk(config):
     train, val = haystack_texts(config)
     tokenizer = word_tokenizer(talks.vocabulary(), train, config.words)
     noise = needles.sentences(needles.NOISE)
+    for text in (train, val):
+        needles.Haystack(text, tokenizer, config.haystack or 'the Python language reference', least=1000)  # is it long enough?
     texts = {'train': (noise, needles.sentences(train)), 'val': (noise, needles.sentences(val))}
     with Writer(config.data_dir, 'talk', tokenizer, config.block_size + 1) as writer:
         for split, rng in draws('talk', config):

@@ -7,8 +7,9 @@ What the memories do, token by token, while a model reads. The model is as it wa
 
     of each token                                                                            (layers, B, T)
     theta, eta, alpha   its gates, mean over heads: numbers in [0, 1]
-    surprise            root mean square of M(k) - v over heads and channels, M the memory that its chunk began with, before
-                        any clip: in the unit of v, which is what a memory should answer
+    surprise            how large the momentary surprise is: root mean square of M(k) - v, half of what the gradient of l sends
+                        back, over heads and channels, M the memory that its chunk began with, before any clip: in the unit of
+                        v, which is what a memory should answer
     value               root mean square of v: a memory that answers nothing has surprise = value, one that knows all 0
     read                root mean square of y = M_t(q), what was read after it, before it is bounded
     of each write                                                                            (layers, B, W)

@@ -31,7 +31,7 @@ import configurator
 import interactive
 import memory_file
 from configurator import UserError
-from dataset import Tokenizer
+from dataset import Tokenizer, read_text
 from model import map_state
 from parallel import pick_device, pick_dtype
 
@@ -75,32 +75,13 @@ class SampleConfig:
             raise ValueError("what is learned would be lost; give --memory=FILE to keep it, or --interactive to go on from it")
         if self.learn and not self.update_memory:
             raise ValueError("update_memory=False learns nothing; leave --learn or it")
+        if (self.learn or self.interactive) and self.prompt != SampleConfig.prompt:
+            raise ValueError("prompt is not for --interactive, nor for --learn, after which nothing is said; leave one of them")
         if self.num_samples > 1 and (self.memory or self.interactive):
             raise ValueError(f"num_samples={self.num_samples}: a memory and a conversation go on from one sample; give 1")
 
     def stops(self):
         return [text.replace('\\n', '\n') for text in self.stop.split('|') if text]
-
-
-def read_text(path, what='text'):
-    """The text of a file, of standard input for '-'. UserError if there is none, or something else."""
-    name = 'standard input' if path == '-' else path
-    try:
-        if path == '-':
-            data = sys.stdin.buffer.read()
-        else:
-            with open(path, 'rb') as f:
-                data = f.read()
-        text = data.decode('utf-8')
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: the {what} is not UTF-8 text (byte {error.start})") from None
-    if '\0' in text:
-        raise UserError(f"{name}: the {what} is binary (a zero byte at {data.index(0)}), not text")
-    if not text:
-        raise UserError(f"{name}: the {what} is empty")
-    return text
 
 
 def read_prompt(text):
@@ -135,7 +116,8 @@ class Reader:
 
     @torch.no_grad()
     def read(self, idx, state=None, update_memory=True):
-        """Read idx (B, T >= 0) without saying anything. -> state"""
+        """Read idx (B, T >= 0), or a list of ids, without saying anything. -> state"""
+        idx = torch.tensor([idx], dtype=torch.long, device=self.device) if isinstance(idx, list) else idx
         with self.autocast:
             for piece in self.blocks(idx):
                 state = self.model(piece, state=state, update_memory=update_memory)[2]
@@ -159,8 +141,8 @@ def until(texts, stops):
 
 class Conversation:
     """
-    What a model has been told and has said. Whenever it is broken off, `state` is that of all before `unread`, the tokens that
-    were said or heard last and will be read first.
+    What a model has been told and has said. Whenever it is broken off, `state` is that of all before `unread`, the token (1, 1)
+    that was said or heard last and will be read first; (1, 0): none.
     """
 
     def __init__(self, config):
@@ -176,13 +158,15 @@ class Conversation:
         self.state, self.unread = None, self.reader.encode('')
 
     def hear(self, idx, bar=None):
-        """Read idx (1, T) but for the last token, from which the next answer begins."""
-        self.unread = torch.cat((self.unread, idx), dim=1)
-        for piece in self.reader.blocks(self.unread[:, :-1]):
-            self.state = self.reader.read(piece, self.state, self.update_memory)
-            self.unread = self.unread[:, piece.size(1):]
+        """Read idx (1, T) but for the last token, from which the next answer begins. Broken off, it has heard some of it."""
+        rest = torch.cat((self.unread, idx), dim=1)
+        for piece in self.reader.blocks(rest[:, :-1]):
+            state = self.reader.read(piece, self.state, self.update_memory)
+            rest = rest[:, piece.size(1):]
+            self.state, self.unread = state, rest[:, :1]
             if bar is not None:
                 bar.update(piece.size(1))
+        self.unread = rest
 
     @torch.no_grad()
     def tokens(self):
@@ -224,36 +208,48 @@ class Conversation:
     def save(self, path):
         """-> what was written, in words"""
         if self.state is None:
-            return "nothing to save yet"
+            raise UserError("there is nothing to save yet")
         size = memory_file.save(path, self.fingerprint(), self.state, self.unread[0].tolist())
         return f"{path}: {memory_file.size(size)}, after {self.state.pos:,} tokens"
 
 
-def sample(talk, prompt):
+@contextlib.contextmanager
+def undisturbed():
+    """A second signal does not break off what the first one asks for."""
+    numbers = [n for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if (n := getattr(signal, name, None))]
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sample(chat, prompt):
     """Print what a conversation makes of a prompt."""
-    talk.hear(talk.reader.encode(prompt))
-    if talk.config.num_samples > 1:
-        return side_by_side(talk, prompt, talk.config.num_samples)
+    chat.hear(chat.reader.encode(prompt))
+    if chat.config.num_samples > 1:
+        return side_by_side(chat, prompt, chat.config.num_samples)
     print(prompt, end='', flush=True)
     began, made = time.time(), []
-    talk.answer(made.append)
+    chat.answer(made.append)
     say_speed(len(made), began)
 
 
-def side_by_side(talk, prompt, count):
-    """Print `count` continuations of the prompt that talk has heard, drawn as one batch."""
-    stops, texts = talk.config.stops(), [''] * count
+def side_by_side(chat, prompt, count):
+    """Print `count` continuations of the prompt that chat has heard, drawn as one batch."""
+    stops, texts = chat.config.stops(), [''] * count
     decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in texts]
-    state = map_state(lambda x: x if x.dim() < 2 else x.expand(count, *x.shape[1:]), talk.state)
+    state = map_state(lambda x: x if x.dim() < 2 else x.expand(count, *x.shape[1:]), chat.state)
     began, made = time.time(), 0
-    with torch.no_grad(), talk.reader.autocast, tqdm(total=talk.config.max_new_tokens, unit='tok') as bar:
-        for token, _ in talk.model.stream(talk.unread.expand(count, -1), talk.config.max_new_tokens, state=state,
-                                          update_memory=talk.update_memory, **talk.options):
+    with torch.no_grad(), chat.reader.autocast, tqdm(total=chat.config.max_new_tokens, unit='tok') as bar:
+        for token, _ in chat.model.stream(chat.unread.expand(count, -1), chat.config.max_new_tokens, state=state,
+                                          update_memory=chat.update_memory, **chat.options):
             going = [i for i, text in enumerate(texts) if not any(stop in text for stop in stops)]
             if not going:
                 break
             for i in going:
-                texts[i] += decoders[i].decode(talk.tokenizer.bytes_of(token[i].item()))
+                texts[i] += decoders[i].decode(chat.tokenizer.bytes_of(token[i].item()))
             made += len(going)
             bar.update()
     for i, text in enumerate(texts):
@@ -270,7 +266,8 @@ def ending(*names):
     """Signals that end the program end it as an exception would: what has to be saved is."""
     def end(number, frame):
         raise SystemExit(128 + number)
-    before = {number: signal.signal(number, end) for name in names if (number := getattr(signal, name, None))}
+    numbers = [number for name in names if (number := getattr(signal, name, None))]
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup wants it so
     try:
         yield
     finally:
@@ -285,26 +282,27 @@ def main(argv):
         memory_file.check_place(keep)
     text = read_text(config.learn) if config.learn else None
     prompt = None if config.interactive or config.learn else read_prompt(config.prompt)
-    talk = Conversation(config)
+    chat = Conversation(config)
     torch.manual_seed(config.seed)
     if config.memory:
-        talk.fingerprint()
+        chat.fingerprint()
         if not config.reset_memory and (os.path.exists(config.memory) or not keep):
-            talk.load(config.memory)
+            chat.load(config.memory)
     with ending('SIGTERM', 'SIGHUP'):  # a closed terminal, too
         try:
             if text is not None:
-                talk.learn(text)
+                chat.learn(text)
             if config.interactive:
-                return interactive.converse(talk, keep)
+                return interactive.converse(chat, keep)
             if prompt is not None:
-                sample(talk, prompt)
+                sample(chat, prompt)
         except KeyboardInterrupt:
             print()
             return 130
         finally:
-            if keep:
-                print(talk.save(keep), file=sys.stderr)
+            if keep and chat.state is not None:
+                with undisturbed():
+                    print(chat.save(keep), file=sys.stderr)
     return 0
 
 

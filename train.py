@@ -12,6 +12,7 @@ machines, SLURM and preemption.
 import dataclasses
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -41,7 +42,7 @@ class TrainConfig(TitansConfig):
     out_dir: str = 'out'
     dataset: str = 'stdlib'
     data_dir: str = 'data'
-    init_from: str = 'scratch'      # resume; auto: resume where there is a checkpoint; gpt2, gpt2-medium, ... or its folder
+    init_from: str = 'scratch'      # resume; gpt2, gpt2-medium, ... or its folder; auto, auto:gpt2: resume where that can be
     freeze_backbone: bool = False   # with GPT-2: train what was added to it alone
     keep_last: int = 1              # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
     keep_best: bool = True          # and best.pt, of the lowest validation loss
@@ -110,12 +111,19 @@ class TrainConfig(TitansConfig):
             raise ValueError(f"max_chunk_len={self.max_chunk_len} must be chunk_len={self.chunk_len} times a power of two that "
                              f"divides {of}={whole}: one of {', '.join(map(str, fits))}, or 0")
         unit, of = (self.segment_len, of) if mac else (self.chunk_len, 'chunk_len')
+        if self.backbone == 'gpt2' and not mac:  # a row that begins afresh begins with its first position
+            unit, of = self.text_unit(), f'chunk_len and {self.stretch_name()}, which is'
         if self.carry_state and self.block_size % unit:
             raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of {of}={unit}, so that "
                              f"rows can be reset there; block_size={nearest(self.block_size, unit)} is")
         if self.doc_reset and self.block_size % self.text_unit():
             raise ValueError(f"doc_reset=True needs block_size={self.block_size} to be a multiple of {self.text_unit()}, where "
                              f"{self.arch} can begin a text; block_size={nearest(self.block_size, self.text_unit())} is")
+
+    def check_shape(self):
+        """The checkpoint or the weights that a run begins from have a say in it: held again when they are known."""
+        if self.init_from == 'scratch' or self.backbone == 'gpt2':
+            super().check_shape()
 
     def text_unit(self):
         """Texts that begin at multiples of this many tokens are read as if they stood alone."""
@@ -220,15 +228,16 @@ class Run:
         self.device = self.process.device
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
-        self.resumed = config.init_from == 'resume' or (config.init_from == 'auto' and self.process.any(there)[0])
-        if self.process.restarts and config.init_from not in ('resume', 'auto'):
-            raise UserError("a restart by torchrun would begin from scratch; give --init_from=auto, or --max-restarts=0")
-        pretrained = None if config.init_from in ('scratch', 'resume', 'auto') else gpt2.fetch(config.init_from)
-        if pretrained is not None:
-            config = gpt2.with_shape(config, gpt2.shape(pretrained))
-        elif self.resumed:  # the command that began from GPT-2 need not say how large that is
-            config = gpt2.with_shape(config, gpt2.shape_there(checkpoint.config_there(config.out_dir)))
-        self.config = config
+        auto, source = re.fullmatch(r'(auto(?::|$))?(.*)', config.init_from).groups()
+        self.resumed = source == 'resume' or (bool(auto) and self.process.any(there)[0])
+        if self.process.restarts and not auto and not self.resumed:
+            again = 'auto' if source == 'scratch' else f'auto:{source}'
+            raise UserError(f"a restart by torchrun would begin anew; give --init_from={again}, or --max-restarts=0")
+        pretrained = None if self.resumed or source in ('scratch', '') else gpt2.fetch(source)
+        shape = {} if pretrained is None else gpt2.shape(pretrained)
+        if self.resumed:  # the command that began from GPT-2 need not say how large that is
+            shape = gpt2.shape_there(checkpoint.config_there(config.out_dir))
+        self.config = config = gpt2.with_shape(config, shape)
         self.data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
         if config.backbone == 'gpt2' and config.vocab_size not in (0, self.data.vocab_size):
             raise UserError(f"init_from='{config.init_from}' knows {config.vocab_size:,} tokens, data set '{config.dataset}' "
@@ -253,7 +262,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.raw = gpt2.MODELS[config.backbone](config.model_config())  # before DDP, which renames its parameters
         if pretrained is not None:
-            gpt2.put_into(self.raw, pretrained, config.init_from)
+            gpt2.put_into(self.raw, pretrained, source)
         if config.freeze_backbone:
             gpt2.freeze(self.raw)
         self.process.on_main(self.prepare_folder)

@@ -186,15 +186,17 @@ def test_tokenizers_stream_whole_characters():
     (('stdlb',), ('stdlb', 'stdlib')),
     (('text',), ('train_path is missing', '--train_path=FILE')),
     (('text', '--train_path=none.txt'), ('none.txt', 'No such file')),
-    (('text', '--train_path=binary'), ('binary: not UTF-8 text',)),
-    (('text', '--train_path=empty'), ('are not enough',)),
+    (('text', '--train_path=binary'), ('binary: the text is not UTF-8 text (byte 0)',)),
+    (('text', '--train_path=empty'), ('empty: the text is empty',)),
     (('shakespeare_char', '--source=none.txt'), ('none.txt',)),
+    (('talk', '--haystack=empty'), ('empty: the text is empty',)), (('talk', '--haystack=b.txt'), ('b.txt is too short',)),
     (('stdlib', '--source=empty_folder'), ('no Python source',)),
     (('text', '--train_path=a.txt', '--tokenizer=words'), ('tokenizer must be one of',)),
 ])
 def test_prepare_refuses(place, argv, words):
     (place / 'binary').write_bytes(b'\xff\xfe\x00')
     (place / 'empty').write_bytes(b'')
+    (place / 'b.txt').write_text('One word.')
     (place / 'empty_folder').mkdir()
     before = (place / 'data/text/train.bin').read_bytes()
     message = refused(prepare.main, *argv)

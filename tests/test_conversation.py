@@ -1,6 +1,7 @@
 """A memory that stays: kept, gone on with, refused where it does not belong; and how a sample is drawn and ends."""
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def memory_bytes(content):
 
 @pytest.mark.parametrize('how, words', [
     ('cut', 'not a readable memory file, truncated'), ('empty', 'not a readable memory file'), ('text', 'not a readable'),
-    ('flipped', 'differs from its checksum'), ('a checkpoint', 'not a memory file, but a checkpoint'),
+    ('flipped', 'differs from its checksum'), ('a checkpoint', 'not a memory file, and will not be made one'),
     ('other format', 'not a memory file of this version'), ('a tensor', 'not a memory file'), ('no model', 'not a memory file'),
     ('edited', 'changed after it was written: its sum differs'), ('edited, sum too', 'does not fit the model'),
     ('not a number, sum too', 'does not fit the model'), ('unread, sum too', 'what is no token'),
@@ -182,6 +183,7 @@ def test_another_model_is_refused(here, name, words):
     ('--memory=me.mem --learn=nothing', 'is empty'), ('--memory=me.mem --learn=emoji', "lacks 'é'"),
     ('--memory=me.mem --learn=b.txt --update_memory=False', 'learns nothing'),
     ('--memory=me.mem --num_samples=2', 'num_samples=2'), ('--seed=-1', 'seed=-1'),
+    ('--interactive --prompt=x', 'prompt is not for'),
 ])
 def test_what_cannot_be_is_one_line(here, flags, words):
     for name, data in ('latin', b'ab\xff'), ('zero', b'abc\0'), ('nothing', b''), ('emoji', 'dé'.encode()):
@@ -218,6 +220,44 @@ def test_an_interrupted_answer_is_remembered(here):
     assert conversation.state.pos == want.pos == heard.size(1) - 1 and conversation.unread.tolist() == [[said[-1]]]
     for a, b in zip(conversation.state.blocks[0].memory.weights, want.blocks[0].memory.weights, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_an_interrupted_reading_is_remembered(here, monkeypatch):
+    """Broken off in the middle of a long text: what was read by then can be loaded, and nothing of the rest comes after it."""
+    conversation, read = talk(), sample.Reader.read
+    heard = conversation.reader.encode(TEXT[:100])
+    pieces = iter(range(3))
+
+    def twice(*args):
+        if next(pieces) == 2:
+            raise KeyboardInterrupt
+        return read(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Reader, 'read', twice)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.hear(heard)
+    block = conversation.model.config.block_size
+    assert conversation.state.pos == 2 * block and conversation.unread.tolist() == heard[:, 2 * block:2 * block + 1].tolist()
+    conversation.save('me.mem')
+    again = talk()
+    again.load('me.mem')
+    assert say(again, 'return') == say(conversation, 'return') and again.state.pos == 2 * block + 1 + 6 + 7 - 1
+
+
+def test_signals_that_come_together(here):
+    """The second does not break off the saving that the first asks for; one that is to be ignored, as by nohup, is."""
+    command = [sys.executable, str(HERE / 'sample.py'), '--out_dir=mac', '--device=cpu', MEM, '--prompt=def']
+    process = subprocess.Popen([*command, '--max_new_tokens=99999'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.stdout.read(20)
+    process.send_signal(signal.SIGHUP)
+    assert len(process.stdout.read(20)) == 20
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    conversation = talk()
+    conversation.load('me.mem')
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -266,6 +306,34 @@ def test_commands(here, monkeypatch, capsys):
     again.load('a.mem')
     assert again.state.pos == 15
     assert 'no long-term memory to be surprised' in converse(monkeypatch, capsys, 'def\n/surprise', '--out_dir=gpt').err
+
+
+def test_what_is_forgotten_is_gone(here, monkeypatch, capsys):
+    """/reset takes the file away; a file that is no memory is never written over; another's name is said."""
+    converse(monkeypatch, capsys, 'def', MEM)
+    assert Path('me.mem').exists()
+    said = converse(monkeypatch, capsys, '/reset\n/save', MEM)
+    assert 'and me.mem removed' in said.err and 'nothing to save yet' in said.err and not Path('me.mem').exists()
+    Path('book.txt').write_text('dear')
+    said = converse(monkeypatch, capsys, 'def\n/save book.txt\n/save other.mem\n/load other.mem', MEM)
+    assert 'book.txt: not a readable memory file' in said.err and 'what comes is kept in me.mem' in said.err
+    for flags in (), ('--reset_memory',):
+        assert 'book.txt: not a readable' in refused(sample.main, '--out_dir=mac', '--memory=book.txt', '--prompt=x', *flags)
+    assert 'will not be made one' in refused(sample.main, '--out_dir=mac', '--memory=mac/ckpt.pt', '--reset_memory')
+    assert Path('book.txt').read_text() == 'dear'
+
+
+def test_lines_that_cannot_be(here, monkeypatch, capsys):
+    """A character the tokenizer lacks, before /surprise; a text that ends before its quotes; bytes that are no text."""
+    said = converse(monkeypatch, capsys, 'def\ndéf\n/surprise\n"""x', MEM)
+    assert "lacks 'é'" in said.err and "theta 0." in said.err
+    assert torch.load('me.mem', weights_only=True)['tokens'] == 3 + 1 + 5 + 2 + 5 - 1
+    command = [sys.executable, str(HERE / 'sample.py'), '--out_dir=mac', '--device=cpu', '--max_new_tokens=5', '--interactive']
+    strict = os.environ | {'PYTHONIOENCODING': ':strict'}
+    done = subprocess.run(command, input=b'd\xffef\ndef\n', capture_output=True, env=strict)
+    assert done.returncode == 0 and b'Traceback' not in done.stderr and b'lacks' in done.stderr, done.stderr
+    done = subprocess.run(['sh', '-c', f'{shlex.join(command)} <&-'], capture_output=True)
+    assert done.returncode == 1 and done.stderr.count(b'\n') == 1 and b'no standard input' in done.stderr
 
 
 def test_lines_of_several_and_answers_kept(here, monkeypatch, capsys):

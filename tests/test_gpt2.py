@@ -1,6 +1,7 @@
 """GPT-2 with a memory: at step 0 it says what transformers' GPT-2 says; then the memory joins."""
 import dataclasses
 import json
+import os
 
 import processes
 import pytest
@@ -10,6 +11,7 @@ from test_model import all_logits, tensors
 import checkpoint
 import gpt2
 import prepare
+import sample
 import train
 from configurator import UserError
 from gpt2 import TitansGPT2
@@ -157,10 +159,63 @@ def test_frozen_then_resumed_with_everything(folder, place, capsys):
     assert second['step'] == 8 and all(not torch.equal(first['model'][k], second['model'][k]) for k in fresh.backbone())
 
 
+def test_auto_begins_with_the_weights_and_goes_on(folder, place, capsys):
+    """One command for every start; options that the weights decide are named."""
+    for steps in 2, 4:
+        assert trainer(f'auto:{folder}', '--freeze_backbone', f'--max_iters={steps}', '--n_layer=7') == 0
+        assert 'n_layer' in next(line for line in capsys.readouterr().out.splitlines() if 'not used' in line)
+    content = checkpoint.load('out/ckpt.pt')
+    assert content['step'] == 4 and not os.path.exists('out/earlier-1') and content['model_config']['n_layer'] == 2
+    assert all(torch.equal(p, content['model'][name]) for name, p in build(folder, 'mac')[0].backbone().items())
+
+
+def test_sizes_that_the_defaults_do_not_fit(place):
+    """40 wide, 5 heads, 13 layers, a memory in the last of them."""
+    path = str(place / 'other')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=40, n_layer=13, n_head=5,
+                                                         bos_token_id=0, eos_token_id=0)).save_pretrained(path)
+    for init_from in path, 'resume':
+        assert trainer(init_from, '--max_iters=2', '--memory_heads=5', '--memory_layers=12') == 0
+    for flags, words in ('--memory_heads=3', "memory_heads=3"), ('--memory_layers=13', 'outside 0 to n_layer-1=12'):
+        with pytest.raises(UserError, match=words):
+            trainer(path, flags)
+
+
+def test_its_memory_stays(folder, place):
+    """A conversation with GPT-2, kept and gone on with across stretches: as if never broken off, to the bit."""
+    assert trainer(folder, '--max_iters=2') == 0
+    whole, part = (sample.Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu')) for _ in range(2))
+    for text in 'def f1(x):', '\n', '    return x + 1\n' * 3:
+        answers = []
+        for conversation in whole, part:
+            torch.manual_seed(0)
+            conversation.hear(conversation.reader.encode(text))
+            answers.append(list(conversation.tokens()))
+        assert answers[0] == answers[1]
+        part.save('me.mem')
+        part = sample.Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu'))
+        part.load('me.mem')
+    assert part.state.pos > 3 * STRETCH and all(map(torch.equal, tensors(part.state), tensors(whole.state)))
+
+
+def test_foreign_code_is_not_run(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'mine', 'auto_map': {'AutoConfig': 'x.Config'}}))
+    (tmp_path / 'x.py').write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match='no weights of GPT-2'):
+        gpt2.fetch(str(tmp_path))
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('config', [{'backbone': 'gpt2'}, {'backbone': 'titans'}, {}, dict.fromkeys(gpt2.SHAPE, 'gpt2')])
+def test_a_damaged_shape_is_none(config):
+    assert gpt2.shape_there(config) == {}
+
+
 @pytest.mark.parametrize('flags, words', [
     ('--arch=lmm', ("arch='lmm' has no attention", 'give --arch=mac, mag, mal or gpt')),
     ('--segment_len=32', ('knows 24 positions', 'lower segment_len to at most 24')),
     ('--arch=gpt --block_size=16 --freeze_backbone', ('freeze_backbone=True', 'nothing was added')),
+    ('--arch=mag --carry_state --block_size=24', ('block_size=24', 'chunk_len and window_len, which is=16', 'block_size=32')),
     ('--memory_heads=3', ('n_embd=16', 'memory_heads=3', "are GPT-2's")),
     ('--init_from=gpt2-larg', ("init_from='gpt2-larg'", "did you mean 'gpt2-large'?")),
     ('--init_from=rsume', ("init_from='rsume'", "did you mean 'resume'?")),
@@ -200,7 +255,9 @@ def test_a_folder_without_gpt2(folder, place, damage):
 
 def test_without_a_network(monkeypatch):
     """A name of the hub that cannot be reached: one line that says what else can be done."""
-    monkeypatch.setattr('transformers.AutoConfig.from_pretrained', lambda name: (_ for _ in ()).throw(OSError("no\nnetwork")))
+    def fail(*_, **__):
+        raise OSError("no\nnetwork")
+    monkeypatch.setattr('transformers.AutoConfig.from_pretrained', fail)
     with pytest.raises(UserError, match="init_from='gpt2'.*no network.*connect once, or give a folder"):
         gpt2.fetch('gpt2')
 

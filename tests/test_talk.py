@@ -70,7 +70,8 @@ def model(tmp_path_factory):
     place = tmp_path_factory.mktemp('talk')
     prepare.main(['talk', f'--data_dir={place}', '--rows=32'])
     for arch in 'mac', 'gpt', 'mag':
-        assert train.main(['--dataset=talk', f'--data_dir={place}', f'--out_dir={place}/{arch}', f'--arch={arch}', *TINY]) == 0
+        assert train.main(['--dataset=talk', f'--data_dir={place}', f'--out_dir={place}/{arch}', f'--arch={arch}', *TINY,
+                           '--block_size=32']) == 0
     return place
 
 
@@ -111,7 +112,7 @@ def test_learning_measures_what_it_says(model, capsys):
             assert row['rank'] == pytest.approx((logits > right).sum(1).float().mean().item() + 1, abs=1e-3)
             states.append(row)
         assert len(states) == 6
-    assert set(found['in the window']) == {'mac', 'gpt'}
+    assert list(found['in the window']) == ['gpt']  # a segment of the other is shorter than the phrase
     assert 'in the window of gpt' in capsys.readouterr().out
 
 
