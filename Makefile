@@ -1,13 +1,14 @@
 # make demo   from nothing to a sample: install, prepare, train on the CPU, plot, sample (about 5 minutes on 2 cores)
 # make needle needles in haystacks: train a model and a Transformer, draw where each finds them, with and without memory
 # make talk   a model to talk to: train it, tell it something, quit, ask it again; what repetition teaches it
+# make graft  a GPT-2 of our own is given a memory; an hour on one core
 # make test   install what is needed, run the tests
 SHELL = /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle talk test lint compare family recall ablate shakespeare bench ranks clean
+.PHONY: demo needle talk graft test lint compare family recall ablate shakespeare bench ranks clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -28,6 +29,24 @@ needle: .venv/ready
 	$(BIN)/python train.py config/needle_gpt_cpu.py
 	$(BIN)/python plot.py out/needle_cpu out/needle_gpt_cpu
 	$(BIN)/python eval_needle.py --out_dir=out/needle_cpu --baseline=out/needle_gpt_cpu --samples=20 --cell_tokens=65536
+
+# a small GPT-2, trained here, is given a memory: alone, with the memory trained beside it, and with that never written
+GRAFT = $(BIN)/python train.py config/finetune_gpt2.py --dataset=stdlib --init_from=out/graft/gpt2 --memory_heads=4 --block_size=512 \
+  --gradient_accumulation_steps=1 --carry_state=False --max_iters=300 --eval_interval=300 --eval_iters=40 --log_interval=50 --learning_rate=3e-3
+graft: .venv/ready
+	$(BIN)/pip install -q -e '.[transformers]'
+	$(BIN)/python prepare.py stdlib
+	$(BIN)/python train.py config/stdlib_cpu.py --arch=gpt --backbone=gpt2 --bias --batch_size=8 --max_iters=3000 --learning_rate=1e-3 \
+	  --eval_interval=500 --eval_iters=40 --out_dir=out/graft/gpt2
+	$(BIN)/python examples/gpt2_to_transformers.py out/graft/gpt2
+	set -e; for n in 64 256; do seen="--segment_len=$$n --window_len=$$n"; \
+	  $(GRAFT) $$seen --out_dir=out/graft/mac-$$n; \
+	  $(GRAFT) $$seen --out_dir=out/graft/mac-$$n-never-written --update_memory=False; \
+	  $(GRAFT) $$seen --out_dir=out/graft/alone-$$n --arch=mag --memory_layers=none --num_persist_mem=0 --freeze_backbone=False --learning_rate=1e-3; \
+	  $(GRAFT) $$seen --out_dir=out/graft/mac-$$n-everything --freeze_backbone=False --learning_rate=1e-3; \
+	done
+	$(GRAFT) --segment_len=64 --window_len=64 --out_dir=out/graft/mag-64 --arch=mag
+	$(GRAFT) --segment_len=64 --window_len=64 --out_dir=out/graft/mal-64 --arch=mal
 
 # told in one conversation, asked in another; then with the memory wiped
 SAY = $(BIN)/python sample.py --out_dir=out/talk_cpu --interactive --memory=out/talk_cpu/me.mem --stop='\n' --temperature=0

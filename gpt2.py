@@ -171,6 +171,18 @@ def fetch(source):
     return found
 
 
+def name_there(name):
+    """What transformers calls one of our parameters."""
+    names = {'norm_f': 'ln_f', 'norm_1': 'ln_1', 'norm_2': 'ln_2', 'blocks': 'h'}
+    there = '.'.join(names.get(part, part) for part in name.split('.'))
+    return there if name.startswith('lm_head') else f'transformer.{there}'
+
+
+def is_turned(name, x):
+    """Whether transformers keeps it (in, out)."""
+    return '.c_' in name and x.dim() == 2
+
+
 def shape(found):
     """The options that weights of transformers decide."""
     c = found.config
@@ -216,9 +228,6 @@ def put_into(model, found, source):
         raise UserError(f"init_from='{source}' knows {most} positions, too few for stretches of {model.wpe.num_embeddings} "
                         f"tokens; lower {model.config.stretch_name()} to at most {most}")
     theirs = found.state_dict()
-    names = {'norm_f': 'ln_f', 'norm_1': 'ln_1', 'norm_2': 'ln_2', 'blocks': 'h'}
     for name, p in model.backbone().items():
-        key = '.'.join(names.get(part, part) for part in name.split('.'))
-        x = theirs[key if name.startswith('lm_head') else f'transformer.{key}']
-        turned = '.c_' in name and x.dim() == 2  # transformers keeps these (in, out)
-        p.copy_((x.mT if turned else x)[:p.size(0)])
+        x = theirs[name_there(name)]
+        p.copy_((x.mT if is_turned(name, x) else x)[:p.size(0)])

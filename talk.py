@@ -34,7 +34,7 @@ TOLD, SEEN, UNKNOWN = 'I will remember.\n', 'I see.\n', 'I do not know.\n'
 
 VALUE = 1000  # weight of a value in the training loss, shared by its tokens, against 1 for every other token
 FIRST = 8     # the first of them weigh most, 1/i down to 1/FIRST: they alone depend on what was asked
-BEGIN = 100   # weight of an answer's first token: was it told, or not?
+BEGIN = 100   # weight of an answer's first token, was it told or not, and of the word asked for, which it repeats
 SAY = 8       # of each other token of an answer
 
 
@@ -76,10 +76,14 @@ def conversation(rng, tokenizer, texts, length):
         ids.extend(new)
         weights.extend(np.round(VALUE * shares / shares.sum()).tolist())
 
-    def answer(text):
+    def answer(text, key=''):
         first, space, rest = text.partition(' ')
         say(first, BEGIN)
-        say(space + rest, SAY)
+        before, _, after = rest.partition('{}')
+        say((space + before).removesuffix(' ') if key else space + rest, SAY)
+        if key:
+            say(f' {key}', BEGIN)
+            say(after, SAY)
 
     def thing():
         family = int(rng.choice(families))
@@ -107,7 +111,7 @@ def conversation(rng, tokenizer, texts, length):
         elif rng.integers(known) < len(told):
             family, key = list(told)[rng.integers(len(told))]
             say(FAMILIES[family][2].format(key) + '\n')
-            answer(FAMILIES[family][3].format(key))
+            answer(FAMILIES[family][3], key)
             recall(told[family, key] + '.')
             say('\n', SAY)
         else:

@@ -1,6 +1,7 @@
 """
 What a run reports: log.jsonl, a row of numbers a line, and, where asked for, the same to wandb and TensorBoard under the same
 names. All of it lies in out_dir, and a resumed run goes on in it: rows after its checkpoint are cut off, they will come again.
+(A server of wandb keeps what it was sent: it takes only the rows of steps that it does not have yet.)
 """
 import dataclasses
 import json

@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import processes
 import pytest
@@ -196,6 +198,24 @@ def test_its_memory_stays(folder, place):
         part = sample.Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu'))
         part.load('me.mem')
     assert part.state.pos > 3 * STRETCH and all(map(torch.equal, tensors(part.state), tensors(whole.state)))
+
+
+def test_there_and_back(place):
+    """A GPT-2 that was trained here, through transformers: to 1e-4 the same logits, and the weights to the bit."""
+    flags = ['--arch=gpt', '--backbone=gpt2', '--bias', '--n_layer=1', '--n_head=2', '--n_embd=16', '--max_iters=2']
+    assert trainer('scratch', *flags, '--block_size=16') == 0
+    example = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples', 'gpt2_to_transformers.py')
+    done = subprocess.run([sys.executable, example, 'out'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model, found = checkpoint.build(checkpoint.load('out/ckpt.pt'), 'out').eval(), gpt2.fetch('out')
+    idx = tokens(2, STRETCH)
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(idx).logits, all_logits(model, idx), atol=1e-4, rtol=0)
+    again = TitansGPT2(TitansConfig(**SMALL | {'arch': 'gpt'} | gpt2.shape(found)))
+    gpt2.put_into(again, found, 'out')
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    done = subprocess.run([sys.executable, example, 'none'], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
 
 
 def test_foreign_code_is_not_run(tmp_path):

@@ -1,0 +1,40 @@
+"""
+A GPT-2 that was trained here, for transformers, or to give it a memory: the inverse of gpt2.put_into.
+
+    python train.py config/stdlib_cpu.py --arch=gpt --backbone=gpt2 --bias --out_dir=out/gpt2_small
+    python examples/gpt2_to_transformers.py out/gpt2_small
+    python train.py config/finetune_gpt2.py --dataset=stdlib --init_from=out/gpt2_small --memory_heads=4 --segment_len=64
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import transformers
+
+import checkpoint
+import configurator
+import gpt2
+from configurator import UserError
+
+
+def main(argv):
+    if len(argv) != 1 or argv[0].startswith('-'):
+        raise UserError("give the out_dir of one run")
+    path = os.path.join(argv[0], 'ckpt.pt')
+    model = checkpoint.build(checkpoint.load(path), path)
+    c = model.config
+    if (c.backbone, c.arch) != ('gpt2', 'gpt'):
+        raise UserError(f"{path}: backbone={c.backbone}, arch={c.arch}; only a gpt2 without memory is a GPT-2")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.stretch(), n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        tie_word_embeddings=c.tie_weights, bos_token_id=0, eos_token_id=0))
+    weights = {gpt2.name_there(name): p.mT if gpt2.is_turned(name, p) else p for name, p in model.backbone().items()}
+    theirs.load_state_dict({name: p.contiguous() for name, p in weights.items()}, strict=False)
+    theirs.save_pretrained(argv[0])
+    print(f"wrote {argv[0]}/config.json and model.safetensors")
+    return 0
+
+
+if __name__ == '__main__':
+    configurator.run(main)
