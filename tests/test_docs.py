@@ -145,6 +145,11 @@ def test_every_link_leads_somewhere(path):
         assert any((base / file).exists() for base in (HERE, HERE / 'tests', HERE / 'examples')), f"{name(path)}: {file}"
 
 
+def test_every_file_is_in_the_readme():
+    named = set(re.findall(r'`(\w+\.py)`', README.read_text()))
+    assert {path.name for path in HERE.glob('*.py')} <= named
+
+
 @pytest.fixture()
 def place(tmp_path, monkeypatch):
     """A folder that has all of the project but what it was used for, and book.txt."""
