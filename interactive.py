@@ -132,7 +132,7 @@ class Commands:
 def converse(chat, keep):
     """Talk until the user has enough. -> exit status"""
     if sys.stdin is None:
-        raise UserError("there is no standard input to chat through")
+        raise UserError("there is no standard input to talk through")
     if hasattr(sys.stdin, 'reconfigure'):  # bytes that are no text are passed on as they are
         sys.stdin.reconfigure(errors='surrogateescape')
     note("say something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits")

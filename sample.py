@@ -213,18 +213,6 @@ class Conversation:
         return f"{path}: {memory_file.size(size)}, after {self.state.pos:,} tokens"
 
 
-@contextlib.contextmanager
-def undisturbed():
-    """A second signal does not break off what the first one asks for."""
-    numbers = [n for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if (n := getattr(signal, name, None))]
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def sample(chat, prompt):
     """Print what a conversation makes of a prompt."""
     chat.hear(chat.reader.encode(prompt))
@@ -262,17 +250,20 @@ def say_speed(made, began):
 
 
 @contextlib.contextmanager
-def ending(*names):
-    """Signals that end the program end it as an exception would: what has to be saved is."""
-    def end(number, frame):
-        raise SystemExit(128 + number)
-    numbers = [number for name in names if (number := getattr(signal, name, None))]
-    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # nohup wants it so
+def on_signals(act, *names):
+    """While this lasts signals do what `act` says, but for those that are to be ignored, as nohup wants it."""
+    numbers = [n for name in names if (n := getattr(signal, name, None)) and signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, act) for n in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end(number, frame):
+    """As an exception would: what has to be saved is."""
+    raise SystemExit(128 + number)
 
 
 def main(argv):
@@ -288,7 +279,7 @@ def main(argv):
         chat.fingerprint()
         if not config.reset_memory and (os.path.exists(config.memory) or not keep):
             chat.load(config.memory)
-    with ending('SIGTERM', 'SIGHUP'):  # a closed terminal, too
+    with on_signals(end, 'SIGTERM', 'SIGHUP'):  # of a closed terminal, too
         try:
             if text is not None:
                 chat.learn(text)
@@ -301,7 +292,7 @@ def main(argv):
             return 130
         finally:
             if keep and chat.state is not None:
-                with undisturbed():
+                with on_signals(signal.SIG_IGN, 'SIGINT', 'SIGTERM', 'SIGHUP'):  # a second one breaks off nothing
                     print(chat.save(keep), file=sys.stderr)
     return 0
 
