@@ -54,15 +54,15 @@ talk: .venv/ready
 	$(BIN)/python prepare.py talk
 	$(BIN)/python train.py config/talk_cpu.py
 	$(BIN)/python train.py config/talk_gpt_cpu.py
+	$(BIN)/python eval_talk.py --out_dir=out/talk_cpu
 	$(BIN)/python eval_learning.py --out_dir=out/talk_cpu --baseline=out/talk_gpt_cpu
 	printf 'My dog is called Bruno.\nThe code of the garage is 4071.\nMy favourite song is zalima.\n' | $(SAY) --reset_memory
-	$(BIN)/python -m pydoc json > out/talk_cpu/json.txt
-	$(SAY) --interactive=False --learn=out/talk_cpu/json.txt
+	$(SAY) --interactive=False --learn=README.md
 	printf 'What is my dog called?\nWhat is the code of the garage?\nWhat is my favourite song?\nWhat is my cat called?\n' | $(SAY)
 	printf 'What is my dog called?\nWhat is the code of the garage?\n' | $(SAY) --reset_memory
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

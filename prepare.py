@@ -112,8 +112,8 @@ def write_texts(name, config, kind, train, val):
                 writer.add(split, tokenizer.encode(text[at:at + size]))
 
 
-def stdlib(config):
-    """Every module of the standard library but its tests, a zero byte after each; one file in ten is for validation."""
+def modules(config):
+    """Every module of the standard library but its tests; one file in ten is for validation. -> [(path, split)]"""
     root = Path(config.source or sysconfig.get_paths()['stdlib'])
     left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
     paths = sorted((p for p in root.rglob('*.py') if not left_out & set(p.relative_to(root).parts)
@@ -121,10 +121,16 @@ def stdlib(config):
                    key=lambda p: p.relative_to(root).as_posix())
     if not paths:
         raise UserError(f"{root}: no Python source here; give a folder with --source=PATH")
+    names = [path.relative_to(root).as_posix().encode() for path in paths]
+    splits = ['val' if int(hashlib.sha256(name).hexdigest(), 16) % 10 == 0 else 'train' for name in names]
+    return list(zip(paths, splits, strict=True))
+
+
+def stdlib(config):
+    """The standard library, a zero byte after each module."""
+    found = modules(config)
     with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'}), document_end=0) as writer:
-        for path in tqdm(paths, desc='stdlib', unit='file'):
-            name = path.relative_to(root).as_posix()
-            split = 'val' if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0 else 'train'
+        for path, split in tqdm(found, desc='stdlib', unit='file'):
             writer.add(split, np.frombuffer(path.read_bytes() + b'\0', np.uint8))
 
 
@@ -209,10 +215,13 @@ def talk(config):
     """Rows of config.block_size tokens and one more, each a conversation of its own."""
     train, val = haystack_texts(config)
     tokenizer = word_tokenizer(talks.vocabulary(), train, config.words)
-    noise = needles.sentences(needles.NOISE)
     for text in (train, val):
         needles.Haystack(text, tokenizer, config.haystack or 'the Python language reference', least=1000)  # is it long enough?
-    texts = {'train': (noise, needles.sentences(train)), 'val': (noise, needles.sentences(val))}
+    code = {'train': [], 'val': []}  # lines of Python, whose words are spelled: not to be taken for things that are told
+    for path, split in modules(config):
+        code[split] += [line for line in path.read_text(errors='replace').splitlines() if len(line.split()) > 2][::20]
+    noise = needles.sentences(needles.NOISE)
+    texts = {'train': (noise, needles.sentences(train), code['train']), 'val': (noise, needles.sentences(val), code['val'])}
     with Writer(config.data_dir, 'talk', tokenizer, config.block_size + 1) as writer:
         for split, rng in draws('talk', config):
             writer.add(split, *talks.conversation(rng, tokenizer, texts[split], config.block_size + 1))

@@ -159,7 +159,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
         failed, = self.process.any(problem is not None)
         if failed:
-            raise UserError(f"cannot save {self.path}: {problem or 'another process could not'}; the checkpoint before it is "
+            raise UserError(f"cannot save {self.path}: {problem or 'another process could not'}; the one before it is "
                             "untouched")
         return step
 
