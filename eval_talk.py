@@ -81,7 +81,8 @@ def conversation(reader, other, facts, gaps, rng, update_memory):
 def draw(results, gaps, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained', sharey=True)
-    for (name, rows), color in zip(results.items(), plt.get_cmap('tab10').colors, strict=False):
+    colors = plt.get_cmap('viridis')(np.linspace(0, 0.85, len(results)))
+    for (name, rows), color in zip(results.items(), colors, strict=True):
         for on, style in (True, '-'), (False, ':'):
             for ax, key in zip(axes, ('right', 'unknown'), strict=True):
                 ax.plot(range(len(gaps)), [100 * r[key] for r in rows['memory' if on else 'never written']], style, marker='o',

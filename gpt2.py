@@ -141,7 +141,7 @@ def fetch(source):
     if source not in NAMES and not os.path.isdir(source):
         near = difflib.get_close_matches(source, ['scratch', 'resume', 'auto', *NAMES], 1)
         raise UserError(f"init_from='{source}' is not scratch, resume, auto, one of {', '.join(NAMES)}, nor a folder"
-                        + (f"; did you mean '{near[0]}'?" if near else ""))
+                        f"{f'; did you mean {near[0]!r}?' if near else ''}")
     try:
         import transformers
     except ImportError:
@@ -213,8 +213,8 @@ def with_shape(config, options):
         new = dataclasses.replace(config, **options) if options else config
         new.model_config()  # widths and heads can be held against each other now
     except ValueError as error:
-        of = f" (n_layer={options['n_layer']}, n_head={options['n_head']} and n_embd={options['n_embd']} are GPT-2's)"
-        raise UserError(f"{error}{of if options else ''}") from None
+        of = " ({n_layer} layers, {n_head} heads and n_embd={n_embd} are GPT-2's)".format(**options) if options else ''
+        raise UserError(f"{error}{of}") from None
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     new.ignored = config.ignored + [k for k, v in options.items() if getattr(config, k) not in (v, defaults[k])]
     return new

@@ -48,6 +48,8 @@ class InspectConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 
     def __post_init__(self):
+        if self.html and (not self.html.endswith('.html') or os.path.isdir(self.html)):
+            raise ValueError(f"html='{self.html}' must be the name of a file that ends in .html")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 2: the first token has no loss")
 

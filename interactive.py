@@ -1,7 +1,7 @@
 """
 A conversation at the terminal: what `sample.py --interactive` does with each line.
 
-    /memory on|off   write to the long-term memory, or only read it
+    /memory on|off   write to the long-term memory, or only read it and leave its file as it is
     /surprise        what was read last, and how much each of its tokens surprised the memory
     /reset           forget everything
     /save FILE       keep the memory; without FILE in that of --memory
@@ -9,7 +9,8 @@ A conversation at the terminal: what `sample.py --interactive` does with each li
     /help, /quit
 
 A line that ends with \\ goes on in the next one; three quotes begin and end a text of several lines; // at the beginning of a
-line is a single /. Ctrl-C stops an answer, and what was said so far stays said. Ctrl-D quits.
+line is a single /. Ctrl-C stops an answer, and what was said so far stays said. Ctrl-D quits. Lines that were typed are kept in
+~/.nanotitans_history, for the up key.
 """
 import contextlib
 import os
@@ -56,9 +57,10 @@ def line_after(prompt):
 
 
 def ask():
-    """What the user says next, of one line or several."""
+    """-> what the user says next, of one line or several, and whether it stood in quotes"""
     line = line_after('> ')
-    quoted, lines = line.startswith('"""'), [line[3:] if line.startswith('"""') else line]
+    quoted = line.startswith('"""')
+    lines = [line[3:] if quoted else line]
     with contextlib.suppress(EOFError):  # what was typed by then counts
         while ('"""' not in lines[-1]) if quoted else lines[-1].endswith('\\'):
             if not quoted:
@@ -66,7 +68,7 @@ def ask():
             lines.append(line_after('. '))
     if quoted:
         lines[-1] = lines[-1].partition('"""')[0]
-    return '\n'.join(lines).strip('\n')
+    return '\n'.join(lines).strip('\n'), quoted
 
 
 class Commands:
@@ -79,7 +81,7 @@ class Commands:
         """-> whether the conversation is over. UserError if there is no such command, or it cannot be carried out."""
         name, _, rest = line[1:].partition(' ')
         known = {'memory': self.memory, 'surprise': self.surprise, 'reset': self.reset, 'save': self.save, 'load': self.load}
-        if name in ('quit', 'q', 'exit'):
+        if name == 'quit':
             return True
         if name == 'help':
             note(__doc__.strip())
@@ -92,6 +94,8 @@ class Commands:
     def memory(self, rest):
         if rest not in ('', 'on', 'off'):
             raise UserError(f"/memory {rest}: on or off")
+        if rest == 'off' and self.keep and self.chat.update_memory and self.chat.state is not None:
+            self.chat.save(self.keep)  # from here on it stays as it is
         self.chat.update_memory = {'on': True, 'off': False}.get(rest, self.chat.update_memory)
         read = f"{self.chat.state.pos:,}" if self.chat.state else 'no'
         note(f"memory is {'written and read' if self.chat.update_memory else 'read, not written'}; {read} tokens so far")
@@ -109,10 +113,16 @@ class Commands:
 
     def reset(self, rest):
         self.chat.reset()
+        self.forget_trace()
         there = self.keep and self.chat.update_memory and os.path.exists(self.keep)
         if there:
             os.remove(self.keep)
         note("everything is forgotten" + (f", and {self.keep} removed" if there else ""))
+
+    def forget_trace(self):
+        if self.seen is not None:
+            self.seen.clear()
+        self.ids = []
 
     def save(self, rest):
         if not (rest or self.keep):
@@ -125,6 +135,7 @@ class Commands:
         if not (rest or self.keep):
             raise UserError("/load needs a name: /load FILE")
         self.chat.load(rest or self.keep)
+        self.forget_trace()
         if rest and self.keep:
             note(f"what comes is kept in {self.keep}")
 
@@ -141,7 +152,7 @@ def converse(chat, keep):
         commands = Commands(chat, keep, seen)
         while True:
             try:
-                line = ask()
+                line, quoted = ask()
             except EOFError:
                 print()
                 return 0
@@ -151,13 +162,12 @@ def converse(chat, keep):
             if not line:
                 continue
             try:
-                if line.startswith('/') and not line.startswith('//'):
+                if not quoted and line.startswith('/') and not line.startswith('//'):
                     if commands(line):
                         return 0
                     continue
-                heard = chat.reader.encode(line[line.startswith('//'):] + '\n')
-                if seen is not None:
-                    seen.clear()
+                heard = chat.reader.encode(line[not quoted and line.startswith('//'):] + '\n')
+                commands.forget_trace()
                 commands.ids = chat.unread[0].tolist() + heard[0].tolist()
                 chat.hear(heard)
                 try:

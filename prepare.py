@@ -12,8 +12,8 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py recall               pairs to be recalled three segments later, needs no network
 
 --source=PATH takes what is already on disk instead of a download: a file (shakespeare*), a folder of .parquet or .jsonl files
-(openwebtext, fineweb_edu), another folder of Python (stdlib). Broken off, openwebtext and fineweb_edu go on from the last shard
-when asked again. --check holds a prepared data set against its checksums.
+(openwebtext, fineweb_edu), another folder of Python (stdlib, talk). Broken off, openwebtext and fineweb_edu go on from the last
+shard when asked again. --check holds a prepared data set against its checksums.
 """
 import collections
 import functools
@@ -48,7 +48,7 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 @dataclass
 class PrepareConfig:
     data_dir: str = 'data'
-    source: str = ''        # shakespeare*: a file already on disk; stdlib: a folder of Python source
+    source: str = ''        # shakespeare*: a file already on disk; stdlib, talk: a folder of Python source
     train_path: str = ''    # text: the training file
     val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
     tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word, or gpt2
@@ -212,14 +212,20 @@ def needle(config):
 
 
 def talk(config):
-    """Rows of config.block_size tokens and one more, each a conversation of its own."""
+    """
+    Rows of config.block_size tokens and one more, each a conversation of its own; between its turns stand noise, sentences of
+    the haystack, or lines of the standard library.
+    """
+    if config.tokenizer not in ('auto', 'word'):
+        raise UserError(f"talk: tokenizer='{config.tokenizer}' must be word")
     train, val = haystack_texts(config)
     tokenizer = word_tokenizer(talks.vocabulary(), train, config.words)
     for text in (train, val):
         needles.Haystack(text, tokenizer, config.haystack or 'the Python language reference', least=1000)  # is it long enough?
     code = {'train': [], 'val': []}  # lines of Python, whose words are spelled: not to be taken for things that are told
     for path, split in modules(config):
-        code[split] += [line for line in path.read_text(errors='replace').splitlines() if len(line.split()) > 2][::20]
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+        code[split] += [line for line in lines if len(line.split()) > 2][::20]
     noise = needles.sentences(needles.NOISE)
     texts = {'train': (noise, needles.sentences(train), code['train']), 'val': (noise, needles.sentences(val), code['val'])}
     with Writer(config.data_dir, 'talk', tokenizer, config.block_size + 1) as writer:
@@ -321,7 +327,7 @@ def main(argv):
     if len(names) != 1 or names[0] not in CORPORA:
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}"
                         + (f", not {' '.join(names)}" if names else ""))
-    instead = {'text': '; give --train_path=FILE', **dict.fromkeys(('needle', 'talk'), '; give --haystack=FILE'), 'recall': ''}
+    instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'recall': ''}
     if config.source and names[0] in instead:
         raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
     for name, least in (('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW), ('documents', 0),

@@ -9,7 +9,8 @@ Sample from a checkpoint; it needs no data set, the tokenizer is inside.
 A memory that stays: FILE is read at the start and written at the end, and after every answer.
 
     python sample.py --out_dir=out --memory=me.mem --learn=book.txt       # read a text into it and say nothing
-    python sample.py --out_dir=out --memory=me.mem --interactive          # go on from it; --reset_memory begins anew
+    python sample.py --out_dir=out --memory=me.mem --interactive          # go on from it
+    python sample.py --out_dir=out --memory=me.mem --reset_memory         # begin anew: what is said first replaces the file
     python sample.py --out_dir=out --memory=me.mem --update_memory=False  # the control: read, never written, nor saved
 
 The prompt is read once, into attention and memory; then every token costs the same, however long the prompt was.
@@ -75,6 +76,8 @@ class SampleConfig:
             raise ValueError("what is learned would be lost; give --memory=FILE to keep it, or --interactive to go on from it")
         if self.learn and not self.update_memory:
             raise ValueError("update_memory=False learns nothing; leave --learn or it")
+        if self.learn == '-' and self.interactive:
+            raise ValueError("learn=- takes the standard input that a conversation needs; give a file")
         if (self.learn or self.interactive) and self.prompt != SampleConfig.prompt:
             raise ValueError("prompt is not for --interactive, nor for --learn, after which nothing is said; leave one of them")
         if self.num_samples > 1 and (self.memory or self.interactive):
@@ -291,7 +294,7 @@ def main(argv):
             print()
             return 130
         finally:
-            if keep and chat.state is not None:
+            if keep and chat.update_memory and chat.state is not None:
                 with on_signals(signal.SIG_IGN, 'SIGINT', 'SIGTERM', 'SIGHUP'):  # a second one breaks off nothing
                     print(chat.save(keep), file=sys.stderr)
     return 0

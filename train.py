@@ -228,7 +228,10 @@ class Run:
         self.device = self.process.device
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
         there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
-        auto, source = re.fullmatch(r'(auto(?::|$))?(.*)', config.init_from).groups()
+        auto, source = re.fullmatch(r'(auto$|auto:)?(.*)', config.init_from).groups()
+        if (not source and auto != 'auto') or (source in ('scratch', 'resume', 'auto') and auto):
+            raise UserError(f"init_from='{config.init_from}': auto: stands before pretrained weights, as in auto:gpt2; "
+                            "auto, resume and scratch stand alone")
         self.resumed = source == 'resume' or (bool(auto) and self.process.any(there)[0])
         if self.process.restarts and not auto and not self.resumed:
             again = 'auto' if source == 'scratch' else f'auto:{source}'

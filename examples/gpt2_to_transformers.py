@@ -10,8 +10,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import transformers
-
 import checkpoint
 import configurator
 import gpt2
@@ -21,6 +19,10 @@ from configurator import UserError
 def main(argv):
     if len(argv) != 1 or argv[0].startswith('-'):
         raise UserError("give the out_dir of one run")
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this needs transformers: pip install 'nanotitans[transformers]'") from None
     path = os.path.join(argv[0], 'ckpt.pt')
     model = checkpoint.build(checkpoint.load(path), path)
     c = model.config
@@ -31,7 +33,10 @@ def main(argv):
         tie_word_embeddings=c.tie_weights, bos_token_id=0, eos_token_id=0))
     weights = {gpt2.name_there(name): p.mT if gpt2.is_turned(name, p) else p for name, p in model.backbone().items()}
     theirs.load_state_dict({name: p.contiguous() for name, p in weights.items()}, strict=False)
-    theirs.save_pretrained(argv[0])
+    try:
+        theirs.save_pretrained(argv[0])
+    except OSError as error:
+        raise UserError(f"cannot write {argv[0]}: {error.strerror or error}") from None
     print(f"wrote {argv[0]}/config.json and model.safetensors")
     return 0
 

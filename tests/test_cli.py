@@ -376,6 +376,17 @@ def test_foreign_checkpoints_are_refused(trained):
     assert 'no such checkpoint' in refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--out_dir=new')
 
 
+@pytest.mark.parametrize('flags, words', [
+    ('--init_from=resume --n_head=3', 'n_head=3'), ('--init_from=auto --n_embd=33', 'n_embd=33'),
+    ('--init_from=auto --memory_layers=9', 'outside 0 to n_layer-1=0'), ('--init_from=', 'stand alone'),
+    ('--init_from=auto:auto', 'as in auto:gpt2'), ('--init_from=auto:resume', 'as in auto:gpt2'),
+])
+def test_where_a_run_cannot_begin(trained, flags, words):
+    """One line, and the run that is there stays where it is."""
+    assert words in refused(train.main, '--dataset=text', *TINY, *flags.split())
+    assert os.path.exists('out/ckpt.pt') and not os.path.exists('out/earlier-1')
+
+
 def test_eval_only_leaves_the_log(trained, capsys):
     before = Path('out/log.jsonl').read_text()
     assert train.main(['--dataset=text', *TINY, '--init_from=resume', '--eval_only']) == 0

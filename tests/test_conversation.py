@@ -183,7 +183,7 @@ def test_another_model_is_refused(here, name, words):
     ('--memory=me.mem --learn=nothing', 'is empty'), ('--memory=me.mem --learn=emoji', "lacks 'é'"),
     ('--memory=me.mem --learn=b.txt --update_memory=False', 'learns nothing'),
     ('--memory=me.mem --num_samples=2', 'num_samples=2'), ('--seed=-1', 'seed=-1'),
-    ('--interactive --prompt=x', 'prompt is not for'),
+    ('--interactive --prompt=x', 'prompt is not for'), ('--interactive --learn=-', 'takes the standard input'),
 ])
 def test_what_cannot_be_is_one_line(here, flags, words):
     for name, data in ('latin', b'ab\xff'), ('zero', b'abc\0'), ('nothing', b''), ('emoji', 'dé'.encode()):
@@ -321,6 +321,19 @@ def test_what_is_forgotten_is_gone(here, monkeypatch, capsys):
         assert 'book.txt: not a readable' in refused(sample.main, '--out_dir=mac', '--memory=book.txt', '--prompt=x', *flags)
     assert 'will not be made one' in refused(sample.main, '--out_dir=mac', '--memory=mac/ckpt.pt', '--reset_memory')
     assert Path('book.txt').read_text() == 'dear'
+
+
+def test_memory_off_leaves_the_file(here, monkeypatch, capsys):
+    """What was heard before is saved, what comes after is not, nor does /reset then take it away."""
+    converse(monkeypatch, capsys, 'def\n/memory off\nreturn\n/reset\nx', MEM)
+    assert torch.load('me.mem', weights_only=True)['tokens'] == 4 + 5 - 1
+
+
+def test_quotes_and_traces(here, monkeypatch, capsys):
+    """A text in quotes is no command, whatever it begins with; what was forgotten surprises nobody."""
+    said = converse(monkeypatch, capsys, '"""/reset\n"""\ndef\n/reset\n/surprise\n/q')
+    assert "lacks '/'" in said.err and 'everything is forgotten' in said.err and 'nothing has been read yet' in said.err
+    assert 'theta' not in said.err and '/q is not one of' in said.err
 
 
 def test_lines_that_cannot_be(here, monkeypatch, capsys):

@@ -216,6 +216,7 @@ def test_a_long_text_is_cut_and_pictures_are_drawn(place, capsys):
     ('--text=good --out_dir=none', ('no such checkpoint',)),
     ('--text=good --max_tokens=1', ('max_tokens=1', 'at least 2')),
     ('--text=good --html=none/page.html', ('cannot write none/page.html',)),
+    ('--text=good --html=out/ckpt.pt', ('ends in .html',)),
 ])
 def test_what_is_refused(place, argv, words):
     for name, content in ('empty', b''), ('binary', b'ab\0c'), ('latin', b'caf\xe9 au lait'), ('good', 'abé'.encode()):
