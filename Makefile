@@ -60,6 +60,12 @@ talk: .venv/ready
 	$(SAY) --interactive=False --learn=README.md
 	printf 'What is my dog called?\nWhat is the code of the garage?\nWhat is my favourite song?\nWhat is my cat called?\n' | $(SAY)
 	printf 'What is my dog called?\nWhat is the code of the garage?\n' | $(SAY) --reset_memory
+	printf '%s\n' 'My dog is called Bruno.' 'I will remember.' 'The code of the garage is 4071.' 'I will remember.' \
+	  'A Titans model has three memories: attention over a segment, tokens that are the same for every text, and a network.' 'I see.' \
+	  'My favourite song is zalima.' 'I will remember.' 'What is my cat called?' 'I do not know.' \
+	  'The grass is green. The sky is blue. Here we go. There and back again.' 'I see.' \
+	  'What is my dog called?' 'Your dog is called Bruno.' 'What is my favourite song?' 'Your favourite song is zalima.' > out/talk_cpu/talk.txt
+	$(BIN)/python inspect_memory.py --out_dir=out/talk_cpu --text=out/talk_cpu/talk.txt
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile

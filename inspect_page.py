@@ -140,6 +140,7 @@ svg text { font: 10px var(--sans); fill: var(--soft); font-variant-numeric: tabu
 svg .grid { stroke: var(--line); stroke-width: .7 }
 svg .zero { stroke: var(--soft); stroke-width: .7 }
 svg .at { stroke: var(--heat); stroke-width: 1 }
+svg .at[x1="-9"] { display: none }
 polyline { fill: none; stroke: var(--ink); stroke-width: 1.4; stroke-linejoin: round }
 .chips { margin: 2px 0 0; font-size: 12px; color: var(--soft); display: flex; flex-wrap: wrap; gap: 2px 14px }
 .chips s { display: inline-block; width: 16px; height: 3px; margin-right: 5px; vertical-align: middle; border-radius: 2px }
