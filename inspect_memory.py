@@ -177,8 +177,8 @@ def totals(reader, content, whole):
     ours = sum(p.numel() for memory in memories for p in memory.parameters())
     c = model.config
     return [('model', c.arch, f"{c.n_layer} layers of {c.n_embd}, {parameters:,} parameters, step {reader.content['step']:,}"),
-            ('memories', str(len(memories)), f"of {c.memory_heads} head{'s' * (c.memory_heads > 1)}, depth {c.memory_depth}, {ours:,} parameters; "
-             f"{written:,} numbers are written"),
+            ('memories', str(len(memories)), f"of {c.memory_heads} head{'s' * (c.memory_heads > 1)}, depth {c.memory_depth}, "
+             f"{ours:,} parameters; {written:,} numbers are written"),
             ('tokens', f"{len(content['tokens']):,}", 'the whole text' if whole else 'the first; what follows was left out'),
             ('loss', f'{on:.3f}', 'nats a token, memory as trained'),
             ('without', f'{off:.3f}', 'the same memory, never written'),
