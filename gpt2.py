@@ -11,6 +11,7 @@ Retrieved and persistent tokens stay out of the softmax over the text. They have
 """
 import dataclasses
 import difflib
+import logging
 import os
 
 import torch
@@ -146,10 +147,13 @@ def fetch(source):
         import transformers
     except ImportError:
         raise UserError(f"init_from='{source}' needs transformers: pip install 'nanotitans[transformers]'") from None
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # which tells of each of its five tries
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     remedy = ("connect once, or give a folder that has them" if source in NAMES else
               "give a folder that transformers' GPT2LMHeadModel.save_pretrained wrote: config.json and model.safetensors")
+    if source in NAMES:
+        print(f"{source}: from the cache of transformers, or the hub", flush=True)
     try:
         kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         if kind != 'gpt2':
