@@ -137,12 +137,19 @@ def read(path, what, instead=''):
     return content
 
 
-def step_of(path):
-    """The step of a checkpoint, without reading its tensors; -1 if there is none that can be read."""
+def glance(path, key, kind):
+    """What a checkpoint has under a key, its tensors left on the disk; None if there is none of this kind that can be read."""
     try:
-        return int(torch.load(path, map_location='cpu', mmap=True, weights_only=True)['step'])
+        found = torch.load(path, map_location='cpu', mmap=True, weights_only=True)[key]
     except Exception:  # load() will say what is wrong with it
-        return -1
+        return None
+    return found if type(found) is kind else None
+
+
+def step_of(path):
+    """The step of a checkpoint; -1 if there is none that can be read."""
+    step = glance(path, 'step', int)
+    return -1 if step is None else step
 
 
 def config_there(out_dir):
@@ -150,10 +157,7 @@ def config_there(out_dir):
     folders, path = numbered(out_dir, folders=True), os.path.join(out_dir, 'ckpt.pt')
     if folders and max(folders) > step_of(path):
         path = os.path.join(folders[max(folders)], 'content.pt')
-    try:
-        return dict(torch.load(path, map_location='cpu', mmap=True, weights_only=True)['model_config'])
-    except Exception:  # load() will say what is wrong with it
-        return {}
+    return glance(path, 'model_config', dict) or {}
 
 
 # -- those kept beside the last

@@ -87,7 +87,7 @@ def ask(reader, phrase, state, update_memory):
             'recalled': sum(a == b for a, b in zip(words, phrase.words, strict=False)) / len(phrase.words)}
 
 
-def distance(reader, before, after):
+def distance(before, after):
     """|M - M'| over all blocks, heads and layers."""
     pairs = [(a, b) for x, y in zip(before.blocks, after.blocks, strict=True) if x.memory is not None
              for a, b in zip(x.memory.weights, y.memory.weights, strict=True)]
@@ -107,7 +107,7 @@ def lesson(reader, phrase, other, config, update_memory, bar):
     found = {'times': [results(state, moved=0.0)], 'hold': []}
     for _ in range(config.times):
         shown = read(phrase.shown, state)
-        moved = distance(reader, state, shown)
+        moved = distance(state, shown)
         state = read([next(text) for _ in range(config.between)], shown)
         found['times'].append(results(state, moved=moved))
     done = 0

@@ -69,8 +69,8 @@ class Graft:
             mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device))
             y = self.attn(q, k, v, mask if own is None else mask & own[:, None, None])
             if beside is not None:
-                beside_q = (b.expand(x.size(0), -1, -1, -1) for b in beside)
-                y = y + self.gate_context * self.attn(q, *beside_q, mask.new_ones(n, self.persist.size(1)))
+                kv = (b.expand(x.size(0), -1, -1, -1) for b in beside)
+                y = y + self.gate_context * self.attn(q, *kv, mask.new_ones(n, self.persist.size(1)))
             here = (here + n) % self.window
             seen = slice(None if here else past + n, None)  # nothing of a stretch that is full
             cache = KVCache(k[:, :, seen], v[:, :, seen], None, None if own is None else own[:, seen])

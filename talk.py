@@ -77,13 +77,12 @@ def conversation(rng, tokenizer, texts, length):
         weights.extend(np.round(VALUE * shares / shares.sum()).tolist())
 
     def answer(text, key=''):
-        first, space, rest = text.partition(' ')
+        first, rest = text.split(' ', 1)
+        before, _, after = f' {rest}'.partition(' {}')
         say(first, BEGIN)
-        before, _, after = rest.partition('{}')
-        say((space + before).removesuffix(' ') if key else space + rest, SAY)
-        if key:
-            say(f' {key}', BEGIN)
-            say(after, SAY)
+        say(before, SAY)
+        say(f' {key}' if key else '', BEGIN)
+        say(after, SAY)
 
     def thing():
         family = int(rng.choice(families))
