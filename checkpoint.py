@@ -21,8 +21,8 @@ from configurator import UserError
 from gpt2 import MODELS
 from model import BlockState, KVCache, MemoryState, Pending, TitansConfig, TitansState, map_state
 
-FORMAT = 4  # 1: what was learned meant something else
-READABLE = (2, 3, 4)  # 2, 3: a carried state was made of other parts
+FORMAT = 5  # 1: what was learned meant something else
+READABLE = (2, 3, 4, 5)  # 2, 3: a carried state was made of other parts; 4: its rows read other text
 STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState, Pending)}
 
 

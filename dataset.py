@@ -3,7 +3,8 @@ What lies in data/NAME/, and how it becomes batches.
 
     train.bin, val.bin   token ids, flat, uint8 or uint16; a large data set has train_00000.bin, train_00001.bin, ...
     *_ends.bin           where each document of that file ends, uint64, if its documents are known
-    meta.json            tokenizer, vocab_size, dtype, document_end (the token), tokens, documents and sha256 of each file
+    meta.json            tokenizer, vocab_size, dtype, document_end (the token), tokens, documents and sha256 of each file,
+                         about: what the text was made from
 
 A data set of rows, each a text of its own, also has row_len in its meta.json, the tokens of each of them, and
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
+from seeds import generator
 
 WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token of a word tokenizer
 WEIGHT = np.dtype(np.uint16)  # how much a token counts as a target
@@ -133,12 +135,12 @@ class Writer:
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`
     With row_len every add() is one row and its weights; with document_end, the token they end with, a document.
     With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; broken off, it goes on from the last
-    turn: `source` is what was given there, None at the start.
+    turn: `source` is what was given there, None at the start. `about` goes into meta.json: what the text was made from.
     """
 
-    def __init__(self, data_dir, name, tokenizer, row_len=0, document_end=None, shard_tokens=0):
+    def __init__(self, data_dir, name, tokenizer, row_len=0, document_end=None, shard_tokens=0, about=None):
         self.final, self.tokenizer, self.row_len = os.path.join(data_dir, name), tokenizer, row_len
-        self.document_end, self.shard_tokens = document_end, shard_tokens
+        self.document_end, self.shard_tokens, self.about = document_end, shard_tokens, about or {}
         self.folder = self.final + '.partial'
         self.dtype = np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
         self.weight, self.source, self.files = dict.fromkeys(SPLITS, 0), None, {}
@@ -263,7 +265,7 @@ class Writer:
                 raise UserError(f"{self.final}: {self.tokens['train']} training and {self.tokens['val']} validation tokens "
                                 "are not enough; give longer files")
             meta = {'tokenizer': self.tokenizer.spec, 'vocab_size': self.tokenizer.vocab_size,
-                    'dtype': np.dtype(self.dtype).name, 'tokens': self.tokens, 'sha256': self.sums}
+                    'dtype': np.dtype(self.dtype).name, 'tokens': self.tokens, 'sha256': self.sums, 'about': self.about}
             if self.shard_tokens:
                 meta['shards'] = self.shards
             if self.document_end is not None:
@@ -282,7 +284,7 @@ class Writer:
         except OSError as problem:
             raise self.failed(problem) from None
         print(f"{self.final}: {self.tokens['train']:,} training and {self.tokens['val']:,} validation tokens, "
-              f"vocabulary {self.tokenizer.vocab_size:,}")
+              f"vocabulary {self.tokenizer.vocab_size:,}" + ''.join(f"; {name} {value}" for name, value in self.about.items()))
 
 
 class Batch(NamedTuple):
@@ -448,9 +450,9 @@ class Dataset:
             return int(self.places[split][-1]) // self.unit
         return self.tokens[split] // self.row_len if self.row_len else self.tokens[split] - block_size
 
-    def random(self, split, rows, block_size, key, mine=slice(None)):
-        """The Batch at offsets drawn from `key`, a list of ints; of all rows only `mine`."""
-        starts = np.random.default_rng(key).integers(0, self.room(split, block_size), rows)[mine]
+    def random(self, split, rows, block_size, rng, mine=slice(None)):
+        """The Batch at offsets drawn from the generator `rng`; of all rows only `mine`."""
+        starts = rng.integers(0, self.room(split, block_size), rows)[mine]
         starts = starts * (self.row_len or self.unit or 1)
         batch = self.batch(split, starts, block_size)
         if self.row_len:
@@ -461,7 +463,7 @@ class Dataset:
     def contiguous(self, split, rows, block_size, step, seed, mine=slice(None)):
         """The Batch where each row goes on from where it ended at step - 1 (and round, at the end); only `mine`."""
         room, unit = self.room(split, block_size), self.unit or 1
-        first = np.random.default_rng([seed]).integers(room) + np.arange(rows) * (room // rows)
+        first = generator(f'{split} rows that read on', seed).integers(room) + np.arange(rows) * (room // rows)
         return self.batch(split, ((first * unit + step * block_size) % (room * unit))[mine], block_size)
 
     def batch(self, split, starts, block_size):

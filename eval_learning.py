@@ -24,9 +24,10 @@ from checkpoint import save_json
 from configurator import UserError
 from dataset import read_text
 from eval_needle import numbers
-from needle import Haystack, reference
+from needle import Haystack, held_out, reference
 from plot import brief, names, pyplot, save
 from sample import Reader, read_prompt
+from seeds import generator
 from talk import WORDS
 
 
@@ -42,7 +43,7 @@ class LearningConfig:
     times: int = 20             # showings
     between: int = 128          # tokens of other text after each; more than attention reaches
     hold: str = '1024,2048,5120,10240'  # tokens of other text in the end
-    other: str = ''             # a file with other text; '' = the Python language reference
+    other: str = ''             # a file with other text; '' = the part of the Python language reference that is held out
     seed: int = 1337            # of phrases and other text
     device: str = 'auto'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
@@ -179,10 +180,10 @@ def main(argv):
     if config.phrase:
         texts = [read_prompt(config.phrase).strip()]
     else:
-        rng = np.random.default_rng([config.seed, 0])
+        rng = generator('phrases to learn', config.seed)
         texts = [f"Learn: {' '.join(rng.choice(WORDS, config.words).tolist())}." for _ in range(config.phrases)]
     phrases = [Phrase(text, config.begin + (not config.phrase), reader) for text in texts]
-    other = read_text(config.other) if config.other else reference()
+    other = read_text(config.other) if config.other else held_out(reference())[1]
     other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
     pyplot()  # before the work, if it is missing
     steps = 2 * sum((config.times + 1) * config.between + config.times * len(p.shown) + numbers(config, 'hold', 1)[-1]
@@ -191,7 +192,7 @@ def main(argv):
     with tqdm(total=steps, unit='tok', unit_scale=True) as bar:
         for i, phrase in enumerate(phrases):
             for name, update_memory in ('memory', True), ('never written', False):
-                at = other.place(np.random.default_rng([config.seed, 1, i]).random())
+                at = other.place(generator('text between phrases', config.seed, i).random())
                 stream = (int(x) for start in range(at, 1 << 62, 1024) for x in other.cut(start, start + 1024))
                 results[name].append(lesson(reader, phrase, stream, config, update_memory, bar))
     for r, name in zip((reader, *others), names([os.path.dirname(r.path) for r in (reader, *others)]), strict=True):

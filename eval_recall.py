@@ -21,6 +21,7 @@ from configurator import UserError
 from plot import pyplot, save
 from recall import PAIRS, recall_row
 from sample import Reader
+from seeds import generator
 
 NEVER = ', never written'
 
@@ -30,7 +31,7 @@ class RecallConfig:
     out_dir: str = 'out/recall_cpu'   # a run, or several with commas between
     checkpoint: Literal['ckpt', 'best'] = 'ckpt'
     rows: int = 100                   # for each number of pairs
-    seed: int = 7                     # of the rows; those of prepare.py have others
+    seed: int = 7                     # of the rows, which no training row can be
     device: str = 'auto'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 
@@ -44,7 +45,7 @@ class RecallConfig:
 @torch.no_grad()
 def recalled(reader, pairs, config, update_memory):
     """The part of the values asked for that is recalled."""
-    rows = [recall_row(np.random.default_rng([config.seed, pairs, i]), pairs) for i in range(config.rows)]
+    rows = [recall_row(generator('recall evaluation', config.seed, pairs, i), pairs) for i in range(config.rows)]
     ids, weights = (torch.from_numpy(np.stack(part).astype(np.int64)).to(reader.device) for part in zip(*rows, strict=True))
     with reader.autocast:
         logits, _, _ = reader.model(ids[:, :-1], ids[:, 1:], update_memory=update_memory)

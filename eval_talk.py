@@ -20,9 +20,10 @@ from checkpoint import save_json
 from configurator import UserError
 from dataset import read_text
 from eval_needle import numbers
-from needle import Haystack, reference
+from needle import Haystack, held_out, reference
 from plot import brief, pyplot, save
 from sample import Reader, until
+from seeds import generator
 from talk import FAMILIES, SEEN, TOLD, UNKNOWN, draw_value
 
 MOST = 40  # tokens of an answer
@@ -35,7 +36,7 @@ class TalkConfig:
     facts: str = '1,3,6'            # told one after the other
     gaps: str = '256,2048,16384'    # tokens of other text between telling and asking
     samples: int = 20               # conversations for each number of facts
-    other: str = ''                 # a file with other text; '' = the Python language reference
+    other: str = ''                 # a file with other text; '' = the part of the Python language reference that is held out
     seed: int = 1337
     device: str = 'auto'
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
@@ -100,7 +101,7 @@ def main(argv):
     reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
     if reader.content['provenance'].get('dataset') != 'talk':
         raise UserError(f"{reader.path} was not trained to talk; python prepare.py talk, and train on that")
-    other = read_text(config.other) if config.other else reference()
+    other = read_text(config.other) if config.other else held_out(reference())[1]
     other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
     pyplot()  # before the work, if it is missing
     counts, gaps, results = numbers(config, 'facts', 1), numbers(config, 'gaps', 0), {}
@@ -111,7 +112,7 @@ def main(argv):
             for name, update_memory in modes.items():
                 found = []
                 for i in range(config.samples):
-                    rng = np.random.default_rng([config.seed, n, i])
+                    rng = generator('talk evaluation', config.seed, n, i)
                     found.append(conversation(reader, other, n, gaps, rng, update_memory))
                     bar.update()
                 shares = (np.array(found).mean(0) / n).tolist()  # (gaps, 2)

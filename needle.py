@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
+from seeds import generator
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = " One of the special magic {kind} for {key} is: {value}."
@@ -77,6 +78,16 @@ def reference():
     """The Python language reference: prose that lies on every machine with Python."""
     from pydoc_data.topics import topics
     return ' '.join(topics[name] for name in sorted(topics))
+
+
+def held_out(text):
+    """
+    -> nine tenths of a text to train on, and the rest. A sentence that comes again is dropped, so that none is in both. (The
+    language reference has a fifth of its sentences twice.)
+    """
+    unique = list(dict.fromkeys(sentences(text)))
+    cut = len(unique) * 9 // 10
+    return ''.join(unique[:cut]), ''.join(unique[cut:])
 
 
 class Haystack:
@@ -142,7 +153,7 @@ def evaluation_set(seed, samples=200):
     for number, (name, task) in enumerate(TASKS.items()):
         sets[name] = []
         for i in range(samples):
-            rng = np.random.default_rng([seed, 2, number, i])
+            rng = generator('needle evaluation', seed, number, i)
             names = rng.choice(KEYS, task.keys, replace=False).tolist()
             facts = [(*fact, float(rng.random())) for fact in draw_facts(rng, task.kind, names, task.values)]
             asked = rng.choice(sorted({key for key, _, _ in facts}), task.asked, replace=False).tolist()

@@ -24,6 +24,8 @@ import json
 import math
 import multiprocessing
 import os
+import platform
+import re
 import sysconfig
 import threading
 import urllib.request
@@ -40,6 +42,7 @@ import recall as recalls
 import talk as talks
 from configurator import UserError, load, run
 from dataset import WORD, Dataset, Tokenizer, Writer, read_text
+from seeds import generator
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -112,26 +115,67 @@ def write_texts(name, config, kind, train, val):
                 writer.add(split, tokenizer.encode(text[at:at + size]))
 
 
+# not read: tests, other people's packages, tables of characters, and the language reference, in which needles are hidden
+LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', 'encodings', 'pydoc_data'}
+BUILD_FOLDER = re.compile(r'config-\d+\.\d+.*')  # in a standard library: how this Python was compiled
+GENERATED = re.compile(rb'auto(matically |-)?generated|generated and used by', re.IGNORECASE)  # said in a module's first lines
+LONG_LINE = 30     # bytes: such a line does not stand in two modules by chance
+MOST_COPIED = 0.1  # of the long lines of a validation module
+
+
 def modules(config):
-    """Every module of the standard library but its tests; one file in ten is for validation. -> [(path, split)]"""
-    root = Path(config.source or sysconfig.get_paths()['stdlib'])
-    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'}
-    paths = sorted((p for p in root.rglob('*.py') if not left_out & set(p.relative_to(root).parts)
-                    and not p.name.startswith('_sysconfigdata') and 'config-' not in p.relative_to(root).parts[0]),
-                   key=lambda p: p.relative_to(root).as_posix())
+    """
+    The modules of the standard library, or of another folder, without tests and generated tables. Each package is in one split:
+    packages go to validation in the order of a hash of their names until they have a tenth of the text. Then validation modules
+    that are nearly copies are dropped: those where more than MOST_COPIED of the bytes in long lines stand in the training text,
+    too. -> {split: [the bytes of each module]}
+    """
+    top = Path(config.source or sysconfig.get_paths()['stdlib'])
+    paths = [p for p in top.rglob('*.py') if p.is_file() and not LEFT_OUT & set(p.relative_to(top).parts)
+             and not BUILD_FOLDER.fullmatch(p.relative_to(top).parts[0])]
     if not paths:
-        raise UserError(f"{root}: no Python source here; give a folder with --source=PATH")
-    names = [path.relative_to(root).as_posix().encode() for path in paths]
-    splits = ['val' if int(hashlib.sha256(name).hexdigest(), 16) % 10 == 0 else 'train' for name in names]
-    return list(zip(paths, splits, strict=True))
+        raise UserError(f"{top}: no Python source here; give a folder with --source=PATH")
+    top, packages = os.path.commonpath([p.parent for p in paths]), collections.defaultdict(list)
+    for path in sorted(paths, key=os.fsencode):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if not GENERATED.search(content[:1000]):
+            packages[path.relative_to(top).parts[0].removesuffix('.py')].append(content)
+    if len(packages) < 2:
+        raise UserError(f"{top}: a single module or package, but training and validation text must come from different ones; "
+                        "give a larger folder with --source=PATH")
+    sizes = {name: sum(map(len, contents)) for name, contents in packages.items()}
+    tenth, splits, size = sum(sizes.values()) / 10, {'train': [], 'val': []}, 0
+    most = max(2 * tenth, min(sizes.values()))
+    for name in sorted(packages, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
+        held_out = size < tenth and size + sizes[name] <= most
+        splits['val' if held_out else 'train'] += packages[name]
+        size += sizes[name] * held_out
+    known = set(itertools.chain(*map(long_lines, splits['train'])))
+    splits['val'] = [content for content in splits['val'] if copied(content, known) <= MOST_COPIED]
+    return splits
+
+
+def long_lines(text):
+    return [line for line in map(bytes.strip, text.split(b'\n')) if len(line) >= LONG_LINE]
+
+
+def copied(text, known):
+    """The part of the bytes in a text's long lines that stand in `known` lines, too."""
+    lines = long_lines(text)
+    return sum(len(line) for line in lines if line in known) / max(sum(map(len, lines)), 1)
 
 
 def stdlib(config):
     """The standard library, a zero byte after each module."""
-    found = modules(config)
-    with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'}), document_end=0) as writer:
-        for path, split in tqdm(found, desc='stdlib', unit='file'):
-            writer.add(split, np.frombuffer(path.read_bytes() + b'\0', np.uint8))
+    splits = modules(config)
+    about = {'source': config.source} if config.source else {'python': platform.python_version()}
+    with Writer(config.data_dir, 'stdlib', Tokenizer({'kind': 'byte'}), document_end=0, about=about) as writer:
+        for split, texts in splits.items():
+            for text in tqdm(texts, desc=f'stdlib {split}', unit='module'):
+                writer.add(split, np.frombuffer(text + b'\0', np.uint8))
 
 
 def shakespeare_text(config):
@@ -165,16 +209,13 @@ def text(config):
 def haystack_texts(config):
     """-> training and validation text to hide needles in"""
     if not config.haystack:
-        whole = needles.reference()
-    elif os.path.isdir(os.path.join(config.data_dir, config.haystack)):
+        return needles.held_out(needles.reference())
+    if os.path.isdir(os.path.join(config.data_dir, config.haystack)):
         data = Dataset(config.data_dir, config.haystack)
         tokenizer = Tokenizer(data.tokenizer)
         return [tokenizer.decode(data.read(split, [0], min(data.tokens[split], 1_000_000))[0].tolist())
                 for split in ('train', 'val')]
-    else:
-        whole = read_text(config.haystack)
-    cut = int(len(whole) * 0.9)
-    return whole[:cut], whole[cut:]
+    return needles.held_out(read_text(config.haystack))
 
 
 def word_tokenizer(vocabulary, text, size):
@@ -190,9 +231,9 @@ def word_tokenizer(vocabulary, text, size):
 
 def draws(name, config):
     """The split of each row of a data set, and a generator of its own to draw it with."""
-    for split, rows, key in ('train', config.rows, 0), ('val', config.rows // 16, 1):
+    for split, rows in ('train', config.rows), ('val', config.rows // 16):
         for row in tqdm(range(rows), desc=f'{name} {split}', unit='row'):
-            yield split, np.random.default_rng([config.seed, key, row])
+            yield split, generator(f'{name} {split}', config.seed, row)
 
 
 def needle(config):
@@ -223,9 +264,8 @@ def talk(config):
     for text in (train, val):
         needles.Haystack(text, tokenizer, config.haystack or 'the Python language reference', least=1000)  # is it long enough?
     code = {'train': [], 'val': []}  # lines of Python, whose words are spelled: not to be taken for things that are told
-    for path, split in modules(config):
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-        code[split] += [line for line in lines if len(line.split()) > 2][::20]
+    for split, text in ((split, text) for split, texts in modules(config).items() for text in texts):
+        code[split] += [line for line in text.decode(errors='replace').splitlines() if len(line.split()) > 2][::20]
     noise = needles.sentences(needles.NOISE)
     texts = {'train': (noise, needles.sentences(train), code['train']), 'val': (noise, needles.sentences(val), code['val'])}
     with Writer(config.data_dir, 'talk', tokenizer, config.block_size + 1) as writer:

@@ -32,6 +32,7 @@ from configurator import UserError
 from dataset import Dataset
 from model import TitansConfig, detach_state, map_state, nearest, uncounted
 from parallel import Process, local, pick_dtype, placed_as, run, whole
+from seeds import generator
 from tracking import Tracker
 
 
@@ -336,7 +337,7 @@ class Run:
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
             self.mended[content.get('mended', [])] = True
             then, data = content['train_config'], content['provenance']['data']
-            state = content['state'] if content['format'] == checkpoint.FORMAT else content['states']
+            state = content['state'] if 'state' in content else content['states']
             if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):
                 raise ValueError(f"step {self.step}, skips {self.skips}, best_step {self.best_step}")
         except Exception as error:  # anything may stand there
@@ -428,7 +429,7 @@ class Run:
         config = self.config
         if config.carry_state:
             return self.data.contiguous('train', self.rows, config.block_size, self.step, config.seed, rows)
-        return self.data.random('train', self.rows, config.block_size, [config.seed, 0, self.step], rows)
+        return self.data.random('train', self.rows, config.block_size, generator('train rows', config.seed, self.step), rows)
 
     def to_device(self, array):
         if array is None:
@@ -440,7 +441,7 @@ class Run:
 
     def fresh_rows(self, rows):
         """Which rows begin the step with a fresh memory: some drawn at random, and those that have to."""
-        draw = np.random.default_rng([self.config.seed, 2, self.step]).random(self.rows) < self.config.reset_prob
+        draw = generator('rows that begin afresh', self.config.seed, self.step).random(self.rows) < self.config.reset_prob
         return (draw | self.mended)[rows]
 
     def spans(self, batch, fresh=None, cut=0):
@@ -477,10 +478,10 @@ class Run:
         lr = get_lr(self.step, config)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        noise = np.random.default_rng([config.seed, 3, self.step, self.process.rank])
+        noise = generator('dropout', config.seed, self.step, self.process.rank)
         torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
         lens = list(config.chunk_lens(config.max_chunk_len))
-        self.raw.set_chunk_len(lens[np.random.default_rng([config.seed, 4, self.step]).integers(len(lens))])
+        self.raw.set_chunk_len(lens[generator('chunk length', config.seed, self.step).integers(len(lens))])
         with_memory = bool(config.memory_blocks())
         total = torch.zeros((), device=self.device)
         stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
@@ -575,7 +576,8 @@ class Run:
                     rows = mine if counts else slice(0, 1)
                     batch = self.data.contiguous('val', config.batch_size, config.block_size, i, 1, rows)
                 else:
-                    batch = self.data.random(split, config.batch_size, config.block_size, [1, i + rank])
+                    rng = generator(f'{split} evaluation', i + rank)
+                    batch = self.data.random(split, config.batch_size, config.block_size, rng)
                 if config.doc_reset:
                     batch = batch._replace(weights=np.ones(batch.x.shape, np.float32))
                 (x, y, weights, begins), = self.spans(batch)

@@ -97,7 +97,7 @@ def test_batches_without_end_in_flat_memory(tmp_path, unit, steps):
                 writer.turn(None)
     data, page, resident = Dataset(str(tmp_path), 'large', unit), os.sysconf('SC_PAGESIZE'), []
     for step in range(steps):
-        data.random('train', 1, 256, [step])
+        data.random('train', 1, 256, np.random.default_rng(step))
         if (step + 1) % (steps // 10) == 0:
             with open('/proc/self/statm') as f:
                 resident.append(int(f.read().split()[1]) * page)

@@ -96,14 +96,14 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
 
 def test_rows_reach_the_model_whole_and_weighted(here):
     data = Dataset('data', 'needle')
-    x, y, weights, _ = data.random('train', 50, 256, [0])
+    x, y, weights, _ = data.random('train', 50, 256, np.random.default_rng(0))
     rows = data.read('train', range(0, 32 * 257, 257), 257)
     assert {r.tobytes() for r in np.concatenate((x, y[:, -1:]), axis=1)} <= {r.tobytes() for r in rows}
     every = data.map('train_weights', 0, 32 * 257, WEIGHT)
     assert abs(every.mean() / data.mean_weight['train'] - 1) < 1e-12
     assert 0.8 < weights.mean() < 1.2 and weights.dtype == np.float32
     with pytest.raises(UserError, match='block_size=257: a row of'):
-        data.random('train', 1, 257, [0])
+        data.random('train', 1, 257, np.random.default_rng(0))
 
 
 # -- haystacks

@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import train
 from dataset import Dataset, Tokenizer
 from eval_learning import Phrase, ask
 from sample import Reader
+from seeds import generator
 
 SENTENCES = [['The grass is green.', 'The sky is blue and the sun is yellow.'], ['Here we go, there and back again.']]
 BYTES = Tokenizer({'kind': 'byte'})
@@ -65,6 +67,34 @@ def test_prepare_talk(tmp_path, capsys):
     assert 'needle' not in capsys.readouterr().err
 
 
+def test_evaluations_read_what_training_did_not(tmp_path, monkeypatch):
+    """No sentence that talk and learning are evaluated on is among the training rows' text, nor any line of Python there."""
+    texts, read = {}, []
+    monkeypatch.setattr(talk, 'conversation', lambda rng, tokenizer, others, length: texts.update({len(texts): others})
+                        or (np.zeros(length, int), np.ones(length, int)))
+    prepare.main(['talk', f'--data_dir={tmp_path}', '--rows=16'])
+    noise, sentences, code = ({' '.join(line.split()) for line in text} for text in texts[0])
+
+    class Text(Exception):
+        pass
+
+    def haystack(text, *_, **__):
+        read.append(text)
+        raise Text
+    for module in eval_talk, eval_learning:
+        monkeypatch.setattr(module, 'Haystack', haystack)
+        monkeypatch.setattr(module, 'Reader', mock.MagicMock())
+        monkeypatch.setattr(module, 'reach', lambda _: 0, raising=False)
+        monkeypatch.setattr(module, 'Phrase', mock.MagicMock(), raising=False)
+        module.Reader.return_value.content = {'provenance': {'dataset': 'talk'}}
+        with pytest.raises(Text):
+            module.main([])
+    assert len(read) == 2
+    for text in read:
+        assert len(text) > 30_000 and not {s.strip() for s in needle.sentences(text)} & (noise | sentences)
+        assert len(code) > 1000 and not [line for line in code if len(line) >= 40 and line in text]
+
+
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp('talk')
@@ -89,8 +119,8 @@ def test_learning_measures_what_it_says(model, capsys):
     reader = Reader(str(model / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     phrase = Phrase(found['phrases'][0], 3, reader)
     assert phrase.given == ' '.join(phrase.text.split()[:3]) == found['given'][0]
-    other = needle.Haystack(needle.reference(), reader.tokenizer)
-    at = other.place(np.random.default_rng([1337, 1, 0]).random())
+    other = needle.Haystack(needle.held_out(needle.reference())[1], reader.tokenizer)
+    at = other.place(generator('text between phrases', 1337, 0).random())
     text = other.cut(at, at + 200).tolist()
     for name, update_memory in ('memory', True), ('never written', False):
         lesson, read, states = found[name][0], text[:20], []

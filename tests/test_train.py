@@ -220,7 +220,7 @@ def test_canary_no_loss_below_entropy(tmp_path):
     for _ in range(300):
         run.train_step()
     run.raw.eval()
-    x, y = (torch.from_numpy(a) for a in run.data.random('val', 500, 48, [7])[:2])
+    x, y = (torch.from_numpy(a) for a in run.data.random('val', 500, 48, np.random.default_rng(7))[:2])
     with torch.no_grad():
         each = torch.nn.functional.cross_entropy(run.raw(x, y)[0].transpose(1, 2), y, reduction='none').flatten()
     assert each.mean() > math.log(vocab) - 4 * each.std() / each.numel() ** 0.5
