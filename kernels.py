@@ -31,12 +31,24 @@ def by_hand(function):
     def full_precision(ctx, *grads):
         with torch.autocast(grads[0].device.type, enabled=False):
             return backward(ctx, *grads)
-    function.backward = staticmethod(torch.autograd.function.once_differentiable(full_precision))
+    once = torch.autograd.function.once_differentiable(full_precision)
+
+    @functools.wraps(backward)
+    def raises_if_differentiated(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph=True: PyTorch alone raises only for incoming gradients that require one
+            grads = [g if g.requires_grad else g.detach().requires_grad_() for g in grads]
+        return once(ctx, *grads)
+    function.backward = staticmethod(raises_if_differentiated)
 
     @functools.wraps(function, updated=())
     def call(*args):
         return function.apply(*args) if torch.is_grad_enabled() else function.forward(Forgetful(), *args)
     return call
+
+
+def wide(x):
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def dot(a, b):
@@ -50,21 +62,23 @@ def dot(a, b):
 
 @by_hand
 class rms_norm(torch.autograd.Function):
-    """x (..., D) / sqrt(mean x^2 + eps) * weight, which broadcasts over x."""
+    """x (..., D) / sqrt(mean x^2 + eps) * weight, which broadcasts over x: computed in float32 at least, as precise as x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        y = wide(x)
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (y * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
         x, weight, scale = ctx.saved_tensors
-        x = x * scale
-        g_weight = (g * x).sum_to_size(weight.shape)
-        g = g * weight
-        return g.addcmul_(x, dot(g, x)[..., None].div_(-x.size(-1))).mul_(scale), g_weight, None
+        y = wide(x) * scale
+        g_weight = (g * y).sum_to_size(weight.shape).to(weight.dtype)
+        g = wide(g) * weight
+        g = g.addcmul_(y, dot(g, y)[..., None].div_(-x.size(-1))).mul_(scale)
+        return g.to(x.dtype), g_weight, None
 
 
 @by_hand

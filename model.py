@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels import wide
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -98,6 +99,9 @@ class TitansConfig:
             ends = ends if self.memory_gates == 'sigmoid' else (0, 1)  # those that a gate may start at
             need(0 < value < 1 or value in ends, f"{name}={value} must be in {'(' if ends[0] is None else '['}0, 1"
                  f"{')' if ends[1] is None else ']'} with memory_gates='{self.memory_gates}'", name)
+            if self.memory_gates == 'sigmoid':
+                need(value == 0 or torch.tensor(value).logit().isfinite(), f"{name}={value} is {round(value)} in float32, where a "
+                     f"sigmoid cannot start; give a value further from {round(value)}, or memory_gates='hard'", name)
         need(self.backbone == 'titans' or self.bias, "backbone='gpt2' needs bias=True: GPT-2 has them")
         need(self.backbone == 'titans' or self.arch != 'lmm', "arch='lmm' has no attention, and GPT-2 without it is not GPT-2; "
              "give --arch=mac, mag, mal or gpt")
@@ -233,9 +237,13 @@ def visible(q_pos, k_pos, window=None):
     return (distance >= 0) & (distance < (window or math.inf))
 
 
-@functools.lru_cache(8)
-def rotary(length, width, dtype, device, base=10000.0):
+def rotary(length, width, dtype, device):
     """cos and sin of rotary positions (Su et al., arXiv 2104.09864) 0 to length-1.   2 of (length, width)"""
+    real = type(torch.empty(0, device=device)) is torch.Tensor  # not of torch.export or FakeTensorMode, which must not be kept
+    return (kept_rotary if real else compute_rotary)(length, width, dtype, device)
+
+
+def compute_rotary(length, width, dtype, device, base=10000.0):
     with torch.inference_mode(False):  # kept for calls of any kind
         exact = torch.float32 if device.type == 'mps' else torch.float64
         freq = base ** (-torch.arange(width // 2, device=device, dtype=exact) / (width // 2))
@@ -244,11 +252,28 @@ def rotary(length, width, dtype, device, base=10000.0):
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
+kept_rotary = functools.lru_cache(8)(compute_rotary)
+
+
+class CompiledMethods(nn.Module):
+    """
+    A module of which single methods can be compiled. A compiled method stays bound to the module that it was compiled for, so
+    copies and pickles leave it out: they run their own, not compiled.
+    """
+
+    def compile_methods(self, *names):
+        for name in names:
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if not (callable(v) and hasattr(type(self), k))}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the long-term memory
 
 
-class NeuralMemory(nn.Module):
+class NeuralMemory(CompiledMethods):
     """
     H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)) with g = kernels.features,
     written to by the update at the top of this file, in its closed form over a chunk.
@@ -309,10 +334,10 @@ class NeuralMemory(nn.Module):
 
     def init_state(self, batch_size):
         """A fresh memory: M_0, no surprise, nothing pending."""
-        weights = tuple(w.expand(batch_size, *w.shape).clone() for w in self.initial)  # FSDP frees what parameters lie in
+        weights = tuple(wide(w).expand(batch_size, *w.shape).clone() for w in self.initial)  # FSDP frees what parameters lie in
         return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), weights, self.no_pending(batch_size),
                            self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features),
-                           self.gain.new_zeros(batch_size, self.n_head, 3))
+                           weights[0].new_zeros(batch_size, self.n_head, 3))
 
     def restart(self, state, rows):
         """The rows (B,) that are True begin afresh; what was ever written goes on being counted."""
@@ -322,15 +347,15 @@ class NeuralMemory(nn.Module):
 
     def no_pending(self, batch_size):
         def empty(*width):
-            return self.gain.new_empty(batch_size, self.n_head, 0, *width)
+            return wide(self.gain.new_empty(batch_size, self.n_head, 0, *width))
         return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial), empty())
 
     # -- what depends on the input alone
 
     def heads(self, x):
-        """(B, T, n * C) -> (n, B, H, T, D), in the precision of the parameters, whatever autocast says."""
+        """(B, T, n * C) -> (n, B, H, T, D), in float32 or the precision of the parameters, whatever autocast says."""
         x = x.unflatten(2, (-1, self.n_head, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return x.to(self.gain.dtype).contiguous()  # so that products of matrices need no copies
+        return x.to(wide(self.gain).dtype).contiguous()  # so that products of matrices need no copies
 
     def unit(self, x):
         """x at unit length, but for what is next to nothing: at first the first key of a text is exactly 0."""
@@ -351,11 +376,12 @@ class NeuralMemory(nn.Module):
         return self.unit(self.heads(q)[0]), tail
 
     def gate(self, x):
-        """theta, eta, alpha of each token of x (B, T, C), in the precision of the parameters.   3 of (B, H, T)"""
+        """theta, eta, alpha of each token of x (B, T, C), in float32 at least: 1 - alpha needs it.   3 of (B, H, T)"""
         B, T, _ = x.shape
         if self.c_gates is None:
-            return tuple(self.gain.new_full((B, self.n_head, T), s) for s in self.start)
-        z = self.c_gates(x.to(self.gain.dtype)).mT.unflatten(1, (-1, self.n_head))  # (B, 3 or 2, H, T)
+            return tuple(wide(self.gain).new_full((B, self.n_head, T), s) for s in self.start)
+        weight, bias = wide(self.c_gates.weight), wide(self.c_gates.bias)
+        z = F.linear(x.to(weight.dtype), weight, bias).mT.unflatten(1, (-1, self.n_head))  # (B, 3 or 2, H, T)
         if self.gates == 'sigmoid':
             gates = z.sigmoid().unbind(1)
         else:  # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
@@ -444,8 +470,9 @@ class NeuralMemory(nn.Module):
         What was read, bounded, and the query beside it: the residual of the paper's M(x) = x + ..., kept out of what is
         learned at test time. A read's size says how sure the memory is, so a small one stays small. -> (B, T, C)
         """
-        y = kernels.rms_norm(y, self.gain[0], 1.0)  # y / sqrt(1 + mean y^2)
-        out = torch.addcmul(y, q, self.gain[1] * math.sqrt(self.head_dim))  # (B, H, T, D), of size 0.1 at first
+        y_gain, q_gain = wide(self.gain)
+        y = kernels.rms_norm(y, y_gain, 1.0)  # y / sqrt(1 + mean y^2)
+        out = torch.addcmul(y, q, q_gain * math.sqrt(self.head_dim))  # (B, H, T, D), of size 0.1 at first
         return out.transpose(1, 2).flatten(2).to(dtype)
 
     def forward(self, x, state=None, update_memory=True):
@@ -492,7 +519,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return kernels.rms_norm(x, self.weight.to(x.dtype), 1e-6)
+        return kernels.rms_norm(x, self.weight, 1e-6)
 
 
 class Attention(nn.Module):
@@ -586,7 +613,7 @@ class MLP(nn.Module):
 # the architectures: one Block each
 
 
-class Block(nn.Module):
+class Block(CompiledMethods):
     """
     What the architectures share: they differ in mix(x (B, T, C), state, pos, update_memory) -> x, state, where x begins at
     the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
@@ -632,9 +659,9 @@ class Block(nn.Module):
 
     def compile_step(self):
         """torch.compile what a block repeats with the same shapes, once for all blocks: here each write to memory, and feed."""
-        self.feed = torch.compile(self.feed, dynamic=False)
+        self.compile_methods('feed')
         if self.memory is not None:
-            self.memory.write = torch.compile(self.memory.write, dynamic=False)
+            self.memory.compile_methods('write')
 
     def feed(self, x):
         return x + self.drop(self.mlp(self.norm_2(x)))  # (B, T, C)
@@ -785,7 +812,7 @@ class MACBlock(Block):
 
     def compile_step(self):
         """As in Block, but a whole segment instead of the write in it."""
-        self.feed, self.segment = (torch.compile(step, dynamic=False) for step in (self.feed, self.segment))
+        self.compile_methods('feed', 'segment')
 
     def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
