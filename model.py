@@ -100,8 +100,9 @@ class TitansConfig:
             need(0 < value < 1 or value in ends, f"{name}={value} must be in {'(' if ends[0] is None else '['}0, 1"
                  f"{')' if ends[1] is None else ']'} with memory_gates='{self.memory_gates}'", name)
             if self.memory_gates == 'sigmoid':
-                need(value == 0 or torch.tensor(value).logit().isfinite(), f"{name}={value} is {round(value)} in float32, where a "
-                     f"sigmoid cannot start; give a value further from {round(value)}, or memory_gates='hard'", name)
+                end = round(value)
+                need(value == 0 or torch.tensor(value).logit().isfinite(), f"{name}={value} is {end} in float32, where no "
+                     f"sigmoid can start; give a value further from {end}, or memory_gates='hard'", name)
         need(self.backbone == 'titans' or self.bias, "backbone='gpt2' needs bias=True: GPT-2 has them")
         need(self.backbone == 'titans' or self.arch != 'lmm', "arch='lmm' has no attention, and GPT-2 without it is not GPT-2; "
              "give --arch=mac, mag, mal or gpt")

@@ -111,15 +111,11 @@ class TrainConfig(TitansConfig):
         if self.max_chunk_len not in (0, *fits):
             raise ValueError(f"max_chunk_len={self.max_chunk_len} must be chunk_len={self.chunk_len} times a power of two that "
                              f"divides {of}={whole}: one of {', '.join(map(str, fits))}, or 0")
-        unit, of = (self.segment_len, of) if mac else (self.chunk_len, 'chunk_len')
-        if self.backbone == 'gpt2' and not mac:  # a row that begins afresh begins with its first position
-            unit, of = self.text_unit(), f'chunk_len and {self.stretch_name()}, which is'
-        if self.carry_state and self.block_size % unit:
-            raise ValueError(f"carry_state=True needs block_size={self.block_size} to be a multiple of {of}={unit}, so that "
-                             f"rows can be reset there; block_size={nearest(self.block_size, unit)} is")
-        if self.doc_reset and self.block_size % self.text_unit():
-            raise ValueError(f"doc_reset=True needs block_size={self.block_size} to be a multiple of {self.text_unit()}, where "
-                             f"{self.arch} can begin a text; block_size={nearest(self.block_size, self.text_unit())} is")
+        unit = self.text_unit()
+        for name in ('carry_state', 'doc_reset'):
+            if getattr(self, name) and self.block_size % unit:
+                raise ValueError(f"{name}=True needs block_size={self.block_size} to be a multiple of {unit}, where "
+                                 f"{self.arch} can begin a text; block_size={nearest(self.block_size, unit)} is")
 
     def check_shape(self):
         """The checkpoint or the weights that a run begins from have a say in it: held again when they are known."""
@@ -127,7 +123,7 @@ class TrainConfig(TitansConfig):
             super().check_shape()
 
     def text_unit(self):
-        """Texts that begin at multiples of this many tokens are read as if they stood alone."""
+        """Texts that begin at multiples of this many tokens, documents or reset rows, are read as if they stood alone."""
         if 'segment_len' not in self.unused():
             return self.segment_len
         chunks = max(self.chunk_len, self.max_chunk_len) if self.memory_blocks() else math.gcd(self.block_size, 64)
@@ -258,6 +254,7 @@ class Run:
         self.tracker = Tracker(config)
         self.step, self.best_val_loss, self.best_step, self.saved = 0, math.inf, None, None
         self.skips, self.skips_in_a_row, self.signals, self.commit = 0, 0, Signals(), commit()
+        self.evaluated = None  # the step of the last evaluation that was not broken off
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
         self.states = [None] * len(self.pieces)  # what their rows carry
@@ -335,6 +332,7 @@ class Run:
             self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
+            self.evaluated = content.get('evaluated', self.step)
             self.mended[content.get('mended', [])] = True
             then, data = content['train_config'], content['provenance']['data']
             state = content['state'] if 'state' in content else content['states']
@@ -395,6 +393,7 @@ class Run:
         mended = self.process.gather(np.flatnonzero(self.mended).tolist()) or ()
         states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
         content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
+                   'evaluated': self.evaluated,
                    'mended': [row for rows in mended for row in rows], 'tokenizer': self.data.tokenizer,
                    'model_config': dataclasses.asdict(self.config.model_config()),
                    'train_config': dataclasses.asdict(self.config),
@@ -520,9 +519,10 @@ class Run:
         norm = whole(norm).item()
         loss, *stats = (n / self.process.world for n in self.process.sum(*torch.cat((total[None], stats.flatten())).tolist()))
         memory = {name: stats[i::5] for i, name in enumerate(('theta', 'eta', 'alpha', '|M|', '|S|'))} if stats else {}
+        self.states, self.mended[:] = states, False  # the rows are read, whatever becomes of the step
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
-            self.states, self.skips_in_a_row, self.mended[:] = states, 0, False
+            self.skips_in_a_row = 0
         else:
             self.skip(loss, norm, memory)
         self.scaler.update()
@@ -561,7 +561,8 @@ class Run:
     def evaluate(self):
         """
         Mean loss over eval_iters batches a split, from a fresh memory each; with carry_state also of validation text read
-        on and on ('val_stream'). The batches are the same in every evaluation of every run, whatever its seed.
+        on and on ('val_stream'). The batches are the same in every evaluation of every run, whatever its seed. None if a signal
+        broke it off.
         """
         config, losses, world, rank = self.config, {}, self.process.world, self.process.rank
         self.raw.eval()
@@ -571,6 +572,9 @@ class Run:
             # each process has every world-th batch or, of those that go on, some rows; all do as many steps
             stream, mine = split == 'val_stream', slice(*(config.batch_size * r // world for r in (rank, rank + 1)))
             for i in range(0, config.eval_iters, 1 if stream else world):
+                if self.process.any(self.signals.name)[0]:
+                    self.raw.train()
+                    return None
                 counts = mine.stop > mine.start if stream else i + rank < config.eval_iters
                 if stream:
                     rows = mine if counts else slice(0, 1)
@@ -589,6 +593,7 @@ class Run:
             total, count = self.process.sum(total, count)
             losses[split] = total / max(count, 1)
         self.raw.train()
+        self.evaluated = self.step
         return losses
 
     # -- what the user sees
@@ -655,18 +660,19 @@ class Run:
 
     def loop(self):
         config = self.config
-        resumed_at, since, steps, speed = self.step if self.resumed else -1, time.time(), 0, None
+        since, steps, speed = time.time(), 0, None
         tokens = self.rows * config.block_size
         resume = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from')), '--init_from=resume'])
         resume = f"{'torchrun ...' if self.process.launched else 'python'} {resume}"
         while True:
             last = self.step >= config.max_iters
-            if (self.step % config.eval_interval == 0 and self.step != resumed_at) or last or config.eval_only:
-                began = time.time()
-                losses = self.evaluate()
-                if config.eval_only:
-                    self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()))
-                    return 0
+            due = (self.step % config.eval_interval == 0 and self.step != self.evaluated) or last or config.eval_only
+            began, losses = time.time(), self.evaluate() if due else None
+            if config.eval_only:
+                self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) if losses else
+                         f"stopped by {self.signals.name or 'another process'}, not evaluated")
+                return 0 if losses else 130
+            if losses:
                 best = self.step > 0 and losses['val'] < self.best_val_loss
                 self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
                          **{f"{k}_loss": v for k, v in losses.items()})

@@ -63,7 +63,7 @@ def refused(main, *argv):
     ('--compile=maybe', ('compile must be True or False',)),
     ('--arch=rnn', ('arch must be one of', "'mac'")),
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
-    ('--arch=mag --carry_state --block_size=100', ('block_size=100', 'chunk_len=64', 'block_size=128 is')),
+    ('--arch=mag --carry_state --block_size=100', ('block_size=100', 'of 128, where mag can begin', 'block_size=128 is')),
     ('--arch=mag --chunk_len=0', ('chunk_len=0', 'at least 1')),
     ('--max_chunk_len=100', ('max_chunk_len=100', 'chunk_len=64', 'segment_len=128', 'one of 64, 128')),
     ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),

@@ -70,8 +70,8 @@ def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize('options', [
     {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1}, {'tbptt': 8, 'gradient_accumulation_steps': 2},
     {'carry_state': True, 'tbptt': 8, 'gradient_accumulation_steps': 2}, {'dtype': 'float16'}, {'arch': 'gpt', 'dropout': 0.2},
-    {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'tbptt': 6},
-    {'arch': 'mal', 'carry_state': True, 'max_chunk_len': 16, 'memory_depth': 2},
+    {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'num_persist_mem': 0, 'tbptt': 6},
+    {'arch': 'mal', 'carry_state': True, 'max_chunk_len': 16, 'memory_depth': 2, 'window_len': 8},
     {'arch': 'lmm', 'carry_state': True, 'memory_momentum': 0.0},
     {'dtype': 'bfloat16', 'memory_depth': 2, 'num_longterm_mem': 2, 'carry_state': True}])
 def test_resume_continues_to_the_bit(data_dir, tmp_path, options):
@@ -234,7 +234,7 @@ def test_no_nan(trial, tmp_path, data_dir):
                'memory_momentum': float(rng.choice([0.0, 0.5, 0.9, 0.99])),
                'memory_decay': float(rng.choice([1e-5, 0.001, 0.1, 0.9])), 'memory_depth': int(rng.integers(1, 5)),
                'chunk_len': int(rng.choice([1, 4, 16, 32])), 'memory_gates': str(rng.choice(['sigmoid', 'hard', 'fixed'])),
-               'carry_state': bool(rng.integers(2)), 'arch': ('mac', 'mag', 'mal', 'lmm')[trial % 4], 'window_len': 24}
+               'carry_state': bool(rng.integers(2)), 'arch': ('mac', 'mag', 'mal', 'lmm')[trial % 4], 'window_len': 32}
     run = Run(tiny(data_dir, **options, segment_len=32, block_size=64, batch_size=4, max_iters=25, warmup_iters=5,
                    grad_clip=1.0, out_dir=str(tmp_path)))
     for _ in range(25):
