@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_found(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='resident memory is read from /proc')
-@pytest.mark.parametrize('unit, steps', [(0, 100_000), (64, 20_000)])
+@pytest.mark.parametrize('unit, steps', [(0, 40_000), (64, 10_000)])
 def test_batches_without_end_in_flat_memory(tmp_path, unit, steps):
     """Shards of 40 MB in all, each row mapped for one read: what stays resident does not grow with what has been read."""
     rng = np.random.default_rng(0)

@@ -71,7 +71,8 @@ def main():
         subprocess.run(['git', 'clone', '-q', HERE.parent.parent, clone], check=True)
     unbroken = [subprocess.Popen([sys.executable, 'tests/mutants/tests.py', *list(TESTS)[i::asked.jobs]], cwd=clone)
                 for i, clone in enumerate(clones)]
-    if max(process.wait() for process in unbroken):
+    ended = [process.wait() for process in unbroken]
+    if any(ended):
         sys.exit("the tests fail before anything is broken")
     items, total = sample(clones[0], asked.sample, asked.seed)
     print(f'{len(items)} of {total} mutants', flush=True)
@@ -82,11 +83,11 @@ def main():
     running = [subprocess.Popen(['cosmic-ray', 'exec', CONFIG, session], cwd=clone)
                for session, clone in zip(sessions, clones, strict=True)]
     try:
-        failed = max(process.wait() for process in running)
+        ended = [process.wait() for process in running]
     except KeyboardInterrupt:
-        failed = True
+        ended = [130]
     report(sessions)
-    sys.exit(failed)
+    sys.exit(max(map(abs, ended)))
 
 
 if __name__ == '__main__':
