@@ -50,10 +50,10 @@ def report(sessions):
                 counts.setdefault(name, Counter())[outcome(result)] += 1
                 if outcome(result) == 'survived':
                     survivors.append(result.diff)
-    print(f"{'':20}" + ''.join(f'{name:>11}' for name in (*OUTCOMES, 'share killed')))
+    print(f"{'':20}" + ''.join(f'{name:>14}' for name in (*OUTCOMES, 'share killed')))
     for name, found in *sorted(counts.items()), ('all', sum(counts.values(), Counter())):
         killed, tried = found['killed'] + found['timed out'], found.total() - found['not run']
-        print(f'{name:20}' + ''.join(f'{found[o]:11}' for o in OUTCOMES) + f'{killed / max(tried, 1):11.0%}')
+        print(f'{name:20}' + ''.join(f'{found[o]:14}' for o in OUTCOMES) + f'{killed / max(tried, 1):14.0%}')
     (OUT / 'survivors.diff').write_text('\n'.join(sorted(survivors)) + '\n')
     print(f"survivors: {OUT / 'survivors.diff'}")
 

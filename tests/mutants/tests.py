@@ -13,8 +13,8 @@ TESTS = {
     'dataset.py': "test_data.py test_train.py test_parallel.py test_cli.py -k 'bit_is_found or contiguous or weighted"
                   " or documents or damaged_data or decode or characters or unprepared or prepare_text or prepare_refuses"
                   " or resume_continues'",
-    'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py -k 'resume or checkpoint or disk_leaves"
-                     " or really_full or unfinished or files_from or as_if_never'",
+    'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
+                     " or disk_leaves or really_full or unfinished or files_from or as_if_never or shards_to_one_file'",
     'sample.py': "test_conversation.py test_cli.py -k '(test_conversation and not signal) or sample_refuses or seeded'",
     'eval_context.py': "test_needle.py -k context",
     'eval_learning.py': "test_talk.py",
