@@ -3,12 +3,13 @@
 # make talk   a model to talk to: train it, tell it something, quit, ask it again; what repetition teaches it
 # make graft  a GPT-2 of our own is given a memory; an hour on one core
 # make test   install what is needed, run the tests
+# make mutants  break SAMPLE=300 places of the code, drawn by SEED=1, one at a time: do the tests notice? An hour on 2 cores
 SHELL = /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo needle talk graft test lint compare family recall ablate shakespeare bench ranks clean
+.PHONY: demo needle talk graft test mutants lint compare family recall ablate shakespeare bench ranks clean
 
 # torch first and alone: asked for by another package, a CPU machine would be sent gigabytes of CUDA libraries
 .venv/ready: pyproject.toml
@@ -69,6 +70,11 @@ talk: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# in clones of the last commit under out/mutants, so that this folder stays as it is; what survives is in out/mutants/survivors.diff
+mutants: .venv/ready
+	$(BIN)/pip install -q -e '.[mutants]'
+	$(BIN)/python tests/mutants/run.py --sample=$(or $(SAMPLE),300) --seed=$(or $(SEED),1)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

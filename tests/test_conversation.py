@@ -260,7 +260,7 @@ def test_signals_that_come_together(here):
     conversation.load('me.mem')
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves(here, number):
     """In the middle of a long answer: the memory of all until then is there, and can be loaded."""
     command = [sys.executable, str(HERE / 'sample.py'), '--out_dir=mac', '--device=cpu', MEM, '--prompt=def']

@@ -31,7 +31,7 @@ def begun(config, started, seconds=60):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize('world, parallel, kills', [(0, 'auto', 30), (2, 'ddp', 6), (2, 'fsdp', 4)])
+@pytest.mark.parametrize('world, parallel, kills', [(0, 'auto', 12), (2, 'ddp', 3), (2, 'fsdp', 3)])
 def test_killed_again_and_again(data_dir, tmp_path, world, parallel, kills):  # noqa: F811
     """
     kill -9 at random instants of a run that saves at every step, each time taken up again: it ends as the undisturbed run, log

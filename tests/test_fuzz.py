@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     os.chdir(before)
 
 
-@fuzz(80)
+@fuzz(60)
 @given(st.lists(st.tuples(NAMES | st.text(max_size=6), PLAIN | st.text()), min_size=1, max_size=3))
 def test_flags(place, given_):
     argv = [f'--{name}={value}' for name, value in given_]
@@ -69,7 +69,7 @@ def test_flags(place, given_):
                 float(getattr(config, name)), float(value)) or str(value).lower() == str(getattr(config, name)).lower()
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.lists(st.tuples(NAMES | st.text(max_size=6), PLAIN), max_size=4), st.text(max_size=12) | st.just(''))
 def test_config_files(place, lines, garbage):
     Path('fuzz.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in lines) + garbage, errors='replace')
@@ -102,7 +102,7 @@ def mutate(tree, draw):
     return tree
 
 
-@fuzz(80)
+@fuzz(60)
 @given(st.data())
 def test_meta_json(place, data):
     path = Path('data/text/meta.json')
@@ -118,7 +118,7 @@ def test_meta_json(place, data):
         path.write_text(good)
 
 
-@fuzz(40)
+@fuzz(30)
 @given(st.data())
 def test_token_files(place, data):
     path = Path('data/text/train.bin')
@@ -132,7 +132,7 @@ def test_token_files(place, data):
         path.write_bytes(good)
 
 
-@fuzz(100)
+@fuzz(40)
 @given(st.data())
 def test_checkpoints(place, data):
     """Written by someone else, with all its checksums: sampled from, and gone on with."""
@@ -151,7 +151,7 @@ def test_checkpoints(place, data):
         torch.save(good, path)
 
 
-@fuzz(80)
+@fuzz(50)
 @given(st.data(), st.booleans())
 def test_memory_files(place, data, in_bytes):
     """Changed on the disk, or written by someone else with the right sum: refused and left as it is, or gone on with."""
@@ -174,7 +174,7 @@ def test_memory_files(place, data, in_bytes):
         assert torch.load('me.mem', weights_only=True)['tokens'] > 0
 
 
-@fuzz(40)
+@fuzz(30)
 @given(st.text([*sorted(set(TEXT)), 'é'], max_size=40) | st.text(max_size=9) | st.binary(max_size=9),
        st.sampled_from(['flag', 'file']))
 def test_prompts(place, prompt, how):
@@ -184,7 +184,7 @@ def test_prompts(place, prompt, how):
     one_line(lambda: sample.main([f'--prompt={prompt}', '--max_new_tokens=3', '--device=cpu']))
 
 
-@fuzz(30)
+@fuzz(20)
 @given(st.binary(max_size=30) | st.lists(st.dictionaries(st.sampled_from(['step', 'loss', 'val_loss', 'memory']), PLAIN),
                                          max_size=3))
 def test_logs(place, content):

@@ -226,9 +226,9 @@ def test_foreign_code_is_not_run(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-@pytest.mark.parametrize('config', [{'backbone': 'gpt2'}, {'backbone': 'titans'}, {}, dict.fromkeys(gpt2.SHAPE, 'gpt2')])
-def test_a_damaged_shape_is_none(config):
-    assert gpt2.shape_there(config) == {}
+def test_a_damaged_shape_is_none():
+    for config in {'backbone': 'gpt2'}, {'backbone': 'titans'}, {}, dict.fromkeys(gpt2.SHAPE, 'gpt2'):
+        assert gpt2.shape_there(config) == {}
 
 
 @pytest.mark.parametrize('flags, words', [

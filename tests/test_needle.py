@@ -109,7 +109,7 @@ def test_rows_reach_the_model_whole_and_weighted(here):
 # -- haystacks
 
 
-@pytest.mark.parametrize('length', [0, 5, 24, 100, 1000, 200_000])
+@pytest.mark.parametrize('length', [0, 24, 1000, 200_000])
 def test_fill_has_the_length_and_keeps_sentences_whole(length):
     tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
     haystack, mark = Haystack(needle.NOISE, tokenizer), [1]

@@ -44,10 +44,10 @@ def whole_run(data_dir, tmp_path, **options):
 
 @pytest.mark.parametrize('world, parallel, options', [
     (2, 'ddp', {'carry_state': True, 'tbptt': 5}), (3, 'ddp', {'batch_size': 1, 'gradient_accumulation_steps': 5}),
-    (2, 'ddp', {'arch': 'mal', 'memory_layers': '1', 'carry_state': True, 'window_len': 8}), (4, 'ddp', {'memory_depth': 2}),
-    (2, 'ddp', {'update_memory': False, 'compile': True}), (2, 'fsdp', {'carry_state': True, 'doc_reset': True}),
-    (2, 'fsdp', {'batch_size': 1, 'gradient_accumulation_steps': 5, 'checkpoint_segments': True}), (4, 'fsdp', {}),
-    (2, 'fsdp', {'arch': 'mag', 'carry_state': True, 'window_len': 8}), (2, 'fsdp', {'compile': True}),
+    (2, 'ddp', {'arch': 'mal', 'memory_layers': '1', 'carry_state': True, 'window_len': 8}),
+    (2, 'ddp', {'update_memory': False, 'compile': True}),
+    (4, 'fsdp', {'batch_size': 1, 'gradient_accumulation_steps': 5, 'checkpoint_segments': True}),
+    (2, 'fsdp', {'arch': 'mag', 'carry_state': True, 'doc_reset': True, 'window_len': 8}), (2, 'fsdp', {'compile': True}),
     (1, 'fsdp', {'update_memory': False, 'arch': 'lmm'}),
     (2, 'fsdp', {'memory_depth': 2, 'write_cost': 0.1, 'cost_from': 0.0, 'tbptt': 5, 'num_longterm_mem': 2})],
     ids=str)
@@ -112,7 +112,7 @@ def test_shards_to_one_file(data_dir, tmp_path, capsys):
             sharded.main(argv)
 
 
-@pytest.mark.parametrize('rows, most, world', [(8, 4, 1), (8, 4, 2), (8, 1, 3), (9, 2, 4), (5, 9, 5), (480, 12, 7)])
+@pytest.mark.parametrize('rows, most, world', [(8, 4, 1), (8, 1, 3), (5, 9, 5), (480, 12, 7)])
 def test_rows_are_shared_out_whole(monkeypatch, rows, most, world):
     shares = []
     for rank in range(world):

@@ -24,7 +24,7 @@ SENTENCES = [['The grass is green.', 'The sky is blue and the sun is yellow.'], 
 BYTES = Tokenizer({'kind': 'byte'})
 
 
-@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('seed', range(6))
 def test_every_answer_is_right(seed):
     """What is asked for was told last as it is answered; 'I do not know.' only where nothing was; weights stand on answers."""
     ids, weights = talk.conversation(np.random.default_rng(seed), BYTES, SENTENCES, 4000)

@@ -68,7 +68,7 @@ def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1}, {'tbptt': 8, 'gradient_accumulation_steps': 2},
+    {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1},
     {'carry_state': True, 'tbptt': 8, 'gradient_accumulation_steps': 2}, {'dtype': 'float16'}, {'arch': 'gpt', 'dropout': 0.2},
     {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'num_persist_mem': 0, 'tbptt': 6},
     {'arch': 'mal', 'carry_state': True, 'max_chunk_len': 16, 'memory_depth': 2, 'window_len': 8},
@@ -226,7 +226,7 @@ def test_canary_no_loss_below_entropy(tmp_path):
     assert each.mean() > math.log(vocab) - 4 * each.std() / each.numel() ** 0.5
 
 
-@pytest.mark.parametrize('trial', range(20))
+@pytest.mark.parametrize('trial', range(8))
 def test_no_nan(trial, tmp_path, data_dir):
     """Drawn learning rates, gate starts, depths, chunk lengths, architectures: with the stabiliser all stay finite."""
     rng = np.random.default_rng(trial)

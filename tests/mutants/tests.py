@@ -1,0 +1,34 @@
+"""Run the tests that concern the file which differs from the commit (the broken one), or those of the files that are named."""
+import shlex
+import subprocess
+import sys
+
+# What pytest is given: the sharpest first, since the first failure ends it; without what takes long and notices no more.
+TESTS = {
+    'model.py': "test_oracles.py test_memory.py test_model.py -k 'not compiled and not 32k'",
+    'kernels.py': "test_kernels.py test_oracles.py test_memory.py",
+    'train.py': "test_train.py test_parallel.py test_cli.py -k '(test_train and not no_nan and not canary and not interrupt)"
+                " or doc_reset or carried_document or wrong_flag or not_use or where_a_run or foreign or eval_only"
+                " or other_data or unprepared'",
+    'dataset.py': "test_data.py test_train.py test_parallel.py test_cli.py -k 'bit_is_found or contiguous or weighted"
+                  " or documents or damaged_data or decode or characters or unprepared or prepare_text or prepare_refuses"
+                  " or resume_continues'",
+    'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
+                     " or disk_leaves or really_full or unfinished or files_from or as_if_never or shards_to_one_file'",
+    'sample.py': "test_conversation.py test_cli.py -k '(test_conversation and not signal) or sample_refuses or seeded'",
+    'eval_context.py': "test_needle.py -k context",
+    'eval_learning.py': "test_talk.py",
+    'eval_needle.py': "test_needle.py",
+    'eval_recall.py': "test_recall.py",
+    'eval_talk.py': "test_talk.py",
+}
+
+
+def run(file):
+    asked = [f'tests/{word}' if word.endswith('.py') else word for word in shlex.split(TESTS[file])]
+    return subprocess.call([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *asked])
+
+
+if __name__ == '__main__':
+    broken = sys.argv[1:] or subprocess.check_output(['git', 'diff', '--name-only'], text=True).split()
+    sys.exit(any(run(file) for file in broken))
