@@ -45,8 +45,6 @@ def history():
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.close(os.open(HISTORY, os.O_WRONLY | os.O_CREAT, 0o600))
-            os.chmod(HISTORY, 0o600)
             readline.write_history_file(HISTORY)
 
 
