@@ -13,7 +13,8 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
 
 --source=PATH takes what is already on disk instead of a download: a file (shakespeare*), a folder of .parquet or .jsonl files
 (openwebtext, fineweb_edu), another folder of Python (stdlib, talk). Broken off, openwebtext and fineweb_edu go on from the last
-shard when asked again. --check holds a prepared data set against its checksums.
+shard when asked again. A data set that is there is replaced, but not a text by another text: give that one its own
+--name=. --check holds a prepared data set against its checksums.
 """
 import collections
 import functools

@@ -54,7 +54,7 @@ class SampleConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # on what has been sampled; 1 = none
     memory: str = ''                # the file of a memory that stays
-    reset_memory: bool = False      # begin with an empty one, whatever the file has
+    reset_memory: bool = False      # begin with an empty one; a file of another model is refused
     update_memory: bool = True      # False: the long-term memory is read, never written, and its file left as it was
     learn: str = ''                 # a file of text to read first, or - ; nothing is said unless interactive
     seed: int = 1337

@@ -491,10 +491,10 @@ HOSTILE = 'a\x1b[2J\x9b1m\u202e\u2066\x00\x7f\tb\r\n'
 
 
 @pytest.mark.parametrize('flags', ['', '--num_samples=2', '--interactive'])
-def test_what_a_model_says_cannot_steer_the_terminal(here, monkeypatch, flags):
-    """Shown on a terminal, tabs and new lines as they are; in a file all to the letter."""
+def test_what_a_model_says_cannot_steer_the_terminal(here, monkeypatch, capsys, flags):
+    """Shown on a terminal, tabs and new lines as they are; in a file all to the letter. /surprise shows all of it."""
     def said(terminal):
-        out, lines = io.StringIO(), iter(['def', '/quit'])
+        out, lines = io.StringIO(), iter(['def', '/surprise', '/quit'])
         out.isatty = lambda: terminal
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'stdout', out)
@@ -502,7 +502,7 @@ def test_what_a_model_says_cannot_steer_the_terminal(here, monkeypatch, flags):
             patch.setattr('builtins.input', lambda prompt: next(lines))
             assert sample.main(['--out_dir=mac', '--device=cpu', '--max_new_tokens=2', *flags.split()]) == 0
         return out.getvalue()
-    assert HOSTILE * 2 in said(False)
+    assert HOSTILE * 2 in said(False) and not set(capsys.readouterr().err) & set('\x1b\x9b\u202e')
     assert r'a\x1b[2J\x9b1m\u202e\u2066\x00\x7f' + '\tb\\r\n' in said(True) and not set(said(True)) & set('\x1b\x9b\u202e')
 
 
