@@ -30,7 +30,7 @@ WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token
 WEIGHT = np.dtype(np.uint16)  # how much a token counts as a target
 PLACE = np.dtype(np.uint64)  # where a document ends in its file
 SPLITS = ('train', 'val')
-NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle', 'talk', 'recall')  # others: texts
+NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle', 'talk', 'recall')
 REPLACED = 'replaced'  # a file in a folder that has made room for a new one, and may be removed
 OURS = re.compile(rf'(train|val)(_\d{{5,}})?(_weights|_ends)?\.bin|(meta|eval|progress)\.json(\.partial)?|{REPLACED}')
 
@@ -169,11 +169,11 @@ class Writer:
     def check_place(self):
         """UserError if something would be removed that no Writer has written, or that was made from other texts."""
         there = {folder: os.listdir(folder) for folder in (self.final, self.folder, self.old) if os.path.isdir(folder)}
-        for folder, names in there.items():
-            if folder == self.old and (self.final not in there or REPLACED in names):
-                continue  # it stays where it is; it may be removed
-            if folder == self.old or not all(OURS.fullmatch(name) for name in names):
-                raise UserError(f"{folder} is in the way, and not all prepare.py's own; move it or rename it")
+        strange = [folder for folder, names in there.items() if not all(map(OURS.fullmatch, names))]
+        if REPLACED not in there.get(self.old, [REPLACED]):  # a copy, say, that the user has made
+            strange.append(self.old)
+        if strange and not (strange[0] == self.old and self.final not in there):  # then it is not in the way
+            raise UserError(f"{strange[0]} is in the way, and not all of it was left by prepare.py; move it or rename it")
         try:
             with open(os.path.join(self.final, 'meta.json'), encoding='utf-8') as f:
                 made_from = json.load(f).get('made_from')
@@ -342,6 +342,7 @@ class Dataset:
 
     def __init__(self, data_dir, name, unit=0):
         self.folder, self.name, self.unit = os.path.join(data_dir, name), name, unit
+        # any other name is that of a text
         what = name if name in NAMES else 'text --train_path=FILE' + (f' --name={name}' if name != 'text' else '')
         self.remedy = f"run: python prepare.py {what}" + (f' --data_dir={data_dir}' if data_dir != 'data' else '')
         try:
