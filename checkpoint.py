@@ -31,14 +31,19 @@ def save(path, content, copies=()):
     write(path, {'format': FORMAT, **content}, copies)
 
 
-def write(path, content, copies=()):
+def write(path, content, copies=(), mode=None):
     """
     Write beside, sync, rename, first for the other names in `copies`, which share its place on the disk: a kill or a full disk
-    leaves every file as it was or as it should be. UserError if it cannot be written.
+    leaves every file as it was or as it should be. mode: its permissions, from the first byte on; None: as those of any new
+    file. UserError if it cannot be written.
     """
     partial = path + '.partial'
     try:
-        with open(partial, 'wb') as f:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+        with open(partial, 'xb', opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else 0o600)) as f:
+            if mode is not None:
+                os.fchmod(f.fileno(), mode)
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
@@ -182,7 +187,7 @@ def prune(out_dir, step, keep_last, keep=(), folders=False):
     for s, path in found.items():
         if s not in {*last, *keep}:
             try:
-                shutil.rmtree(path) if folders else os.remove(path)
+                remove_shards(path) if folders else os.remove(path)
             except OSError as error:
                 raise UserError(f"cannot remove {path}: {error.strerror}") from None
 
@@ -193,11 +198,21 @@ def others(path):
 
 
 def sweep(out_dir):
-    """Remove what a killed run has left half-written."""
+    """Remove what a killed run has left half-written: only what has a name that a run gives."""
     for name in os.listdir(out_dir):
-        if name.endswith('.partial'):
-            path = os.path.join(out_dir, name)
-            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
+        path = os.path.join(out_dir, name)
+        if os.path.isdir(path) and re.fullmatch(r'ckpt-\d+\.partial', name):
+            with contextlib.suppress(OSError):
+                remove_shards(path)
+        elif not os.path.isdir(path) and re.fullmatch(r'((ckpt(-\d+)?|best)\.pt|log\.jsonl|wandb\.json)\.partial', name):
+            os.remove(path)
+
+
+def remove_shards(folder):
+    """Remove a folder of a sharded checkpoint, finished or not; one with something else in it stays as it is."""
+    ours = re.compile(r'__\d+_\d+\.distcp|\.metadata(\.tmp)?|content\.pt(\.partial)?')
+    if all(ours.fullmatch(name) for name in os.listdir(folder)):
+        shutil.rmtree(folder)
 
 
 def set_aside(out_dir):

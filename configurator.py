@@ -10,12 +10,22 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import typing
 
 
 class UserError(Exception):
     """Something the user typed or gave us; its message is one line, shown without a traceback."""
+
+
+def visible(text, keep=''):
+    """
+    Text that may come from others, safe for a terminal: control characters and those that turn the direction of writing are
+    shown as \\x1b, \\u202e and so on, but for the characters in `keep`.
+    """
+    return re.sub('[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]',
+                  lambda found: found[0] if found[0] in keep else found[0].encode('unicode_escape').decode(), text)
 
 
 def load(cls, argv, doc=''):
@@ -111,7 +121,7 @@ def run(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {visible(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,8 +3,9 @@ What lies in data/NAME/, and how it becomes batches.
 
     train.bin, val.bin   token ids, flat, uint8 or uint16; a large data set has train_00000.bin, train_00001.bin, ...
     *_ends.bin           where each document of that file ends, uint64, if its documents are known
-    meta.json            tokenizer, vocab_size, dtype, document_end (the token), tokens, documents and sha256 of each file,
-                         about: what the text was made from
+    meta.json            tokenizer, vocab_size, dtype, document_end (the token), tokens, documents and sha256 of each file;
+                         about: what the text is, such as the version of Python; made_from: sha256 of the texts that the user
+                         has given for it
 
 A data set of rows, each a text of its own, also has row_len in its meta.json, the tokens of each of them, and
 
@@ -31,6 +32,9 @@ WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token
 WEIGHT = np.dtype(np.uint16)  # how much a token counts as a target
 PLACE = np.dtype(np.uint64)  # where a document ends in its file
 SPLITS = ('train', 'val')
+NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle', 'talk', 'recall')
+REPLACED = 'replaced'  # a file in a folder that has made room for a new one, and may be removed
+OURS = re.compile(rf'(train|val)(_\d{{5,}})?(_weights|_ends)?\.bin|(meta|eval|progress)\.json(\.partial)?|{REPLACED}')
 
 
 class Tokenizer:
@@ -135,25 +139,56 @@ class Writer:
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`
     With row_len every add() is one row and its weights; with document_end, the token they end with, a document.
     With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; broken off, it goes on from the last
-    turn: `source` is what was given there, None at the start. `about` goes into meta.json: what the text was made from.
+    turn: `source` is what was given there, None at the start. `about` {name: value} says what the text is, here and in meta.json.
+    With made_from, sums of the user's texts, a data set that was made from others is not replaced.
     """
 
-    def __init__(self, data_dir, name, tokenizer, row_len=0, document_end=None, shard_tokens=0, about=None):
+    def __init__(self, data_dir, name, tokenizer, row_len=0, document_end=None, shard_tokens=0, about=None, made_from=None):
         self.final, self.tokenizer, self.row_len = os.path.join(data_dir, name), tokenizer, row_len
-        self.document_end, self.shard_tokens, self.about = document_end, shard_tokens, about or {}
-        self.folder = self.final + '.partial'
+        self.document_end, self.shard_tokens = document_end, shard_tokens
+        self.about, self.made_from = about or {}, made_from
+        self.folder, self.old = self.final + '.partial', self.final + '.old'
         self.dtype = np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
         self.weight, self.source, self.files = dict.fromkeys(SPLITS, 0), None, {}
         self.shards, self.documents, self.sums = {s: [] for s in SPLITS}, {s: [] for s in SPLITS}, {}
 
     def __enter__(self):
         try:
+            self.put_back()
+            self.check_place()
             if not self.restored():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 os.makedirs(self.folder)
         except OSError as error:
             raise self.failed(error) from None
         return self
+
+    def put_back(self):
+        """Killed while the new data set took the place of the old one, a process has left the old one under another name."""
+        if not os.path.exists(self.final) and os.path.exists(os.path.join(self.old, REPLACED)):
+            os.replace(self.old, self.final)
+            os.remove(os.path.join(self.final, REPLACED))
+
+    def check_place(self):
+        """UserError if something would be removed that no Writer has written, or that was made from other texts."""
+        there = {folder: os.listdir(folder) for folder in (self.final, self.folder, self.old) if os.path.isdir(folder)}
+        strange = [folder for folder, names in there.items() if not all(map(OURS.fullmatch, names))]
+        if REPLACED not in there.get(self.old, [REPLACED]):  # a copy, say, that the user has made
+            strange.append(self.old)
+        if strange and not (strange[0] == self.old and self.final not in there):  # then it is not in the way
+            raise UserError(f"{strange[0]} is in the way, and not all of it was left by prepare.py; move it or rename it")
+        try:
+            with open(os.path.join(self.final, 'meta.json'), encoding='utf-8') as f:
+                made_from = json.load(f).get('made_from')
+        except (OSError, ValueError, AttributeError):  # there is none that could still be used
+            return
+        if self.made_from and made_from != self.made_from:
+            raise UserError(f"{self.final} was made from another text; give this one a name of its own with --name=, or remove "
+                            f"{self.final}")
+
+    def remove_old(self):
+        if os.path.exists(os.path.join(self.old, REPLACED)):
+            shutil.rmtree(self.old, ignore_errors=True)
 
     def restored(self):
         """Go on from the last turn, if there is one."""
@@ -270,18 +305,22 @@ class Writer:
                 meta['shards'] = self.shards
             if self.document_end is not None:
                 meta |= {'document_end': self.document_end, 'documents': self.documents}
+            if self.made_from:
+                meta['made_from'] = self.made_from
             if self.row_len:
                 meta |= {'row_len': self.row_len, 'mean_weight': {s: self.weight[s] / self.tokens[s] for s in self.tokens}}
             self.write('meta.json', json.dumps(meta, indent=1))
-            old = self.final + '.old'
-            shutil.rmtree(old, ignore_errors=True)
             if os.path.exists(self.final):
-                os.replace(self.final, old)
+                self.remove_old()
+                open(os.path.join(self.final, REPLACED), 'w').close()
+                os.replace(self.final, self.old)
             os.replace(self.folder, self.final)
-            shutil.rmtree(old, ignore_errors=True)
+            self.remove_old()
             with contextlib.suppress(FileNotFoundError):  # last: until here it says how to go on
                 os.remove(os.path.join(self.final, 'progress.json'))
         except OSError as problem:
+            with contextlib.suppress(OSError):
+                self.put_back()
             raise self.failed(problem) from None
         print(f"{self.final}: {self.tokens['train']:,} training and {self.tokens['val']:,} validation tokens, "
               f"vocabulary {self.tokenizer.vocab_size:,}" + ''.join(f"; {name} {value}" for name, value in self.about.items()))
@@ -306,8 +345,9 @@ class Dataset:
 
     def __init__(self, data_dir, name, unit=0):
         self.folder, self.name, self.unit = os.path.join(data_dir, name), name, unit
-        self.remedy = (f"run: python prepare.py {name}" + (' --train_path=FILE' if name == 'text' else '')
-                       + (f' --data_dir={data_dir}' if data_dir != 'data' else ''))
+        # any other name is that of a text
+        what = name if name in NAMES else 'text --train_path=FILE' + (f' --name={name}' if name != 'text' else '')
+        self.remedy = f"run: python prepare.py {what}" + (f' --data_dir={data_dir}' if data_dir != 'data' else '')
         try:
             with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
                 self.meta = json.load(f)
@@ -360,6 +400,7 @@ class Dataset:
             self.mean_weight = {split: float(meta['mean_weight'][split]) for split in SPLITS}
             need(min(self.mean_weight.values()) > 0 and all(n % self.row_len == 0 for n in self.tokens.values()))
             sizes |= {self.file(s, 0, '_weights'): n * WEIGHT.itemsize for s, n in self.tokens.items()}
+        need(self.sha256.keys() <= sizes.keys())  # a name is part of a path
         return sizes
 
     def file(self, split, shard=0, end=''):

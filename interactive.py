@@ -10,14 +10,14 @@ A conversation at the terminal: what `sample.py --interactive` does with each li
 
 A line that ends with \\ goes on in the next one; three quotes begin and end a text of several lines; // at the beginning of a
 line is a single /. Ctrl-C stops an answer, and what was said so far stays said. Ctrl-D quits. Lines that were typed are kept in
-~/.nanotitans_history, for the up key.
+~/.nanotitans_history, for the up key; nobody else can read that file.
 """
 import contextlib
 import os
 import sys
 
 import memory_file
-from configurator import UserError
+from configurator import UserError, visible
 from recorder import record
 
 LAST = 64  # tokens that /surprise shows
@@ -116,7 +116,7 @@ class Commands:
         self.forget_trace()
         there = self.keep and self.chat.update_memory and os.path.exists(self.keep)
         if there:
-            os.remove(self.keep)
+            os.remove(os.path.realpath(self.keep))
         note("everything is forgotten" + (f", and {self.keep} removed" if there else ""))
 
     def forget_trace(self):
@@ -125,11 +125,15 @@ class Commands:
         self.ids = []
 
     def save(self, rest):
-        if not (rest or self.keep):
+        path = rest or self.keep
+        if not path:
             raise UserError("/save needs a name: /save FILE")
-        if rest:
-            memory_file.check_place(rest)
-        note(self.chat.save(rest or self.keep))
+        if self.keep and os.path.realpath(path) == os.path.realpath(self.keep):  # whose lock this conversation has
+            note(self.chat.save(path))
+            return
+        memory_file.check_place(path, self.chat.fingerprint())
+        with memory_file.lock(path):
+            note(self.chat.save(path))
 
     def load(self, rest):
         if not (rest or self.keep):
@@ -177,6 +181,6 @@ def converse(chat, keep):
                 if keep and chat.update_memory:
                     chat.save(keep)
             except UserError as error:
-                note(error)
+                note(visible(str(error)))
             except KeyboardInterrupt:
                 note("\n(stopped; what was read so far is remembered)")

@@ -6,14 +6,15 @@ Fetch a corpus and write data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py shakespeare          Tiny Shakespeare, GPT-2 BPE                (extra: tiktoken)
     python prepare.py openwebtext          OpenWebText, GPT-2 BPE, 9 billion tokens   (extras: tiktoken, datasets)
     python prepare.py fineweb_edu          FineWeb-Edu, GPT-2 BPE, 10 billion tokens; --subset=sample-100BT for more
-    python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2
+    python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte|char|gpt2 --name=novel
     python prepare.py needle               needles in haystacks: training rows and an evaluation set, needs no network
     python prepare.py talk                 conversations with things to remember, needs no network
     python prepare.py recall               pairs to be recalled three segments later, needs no network
 
 --source=PATH takes what is already on disk instead of a download: a file (shakespeare*), a folder of .parquet or .jsonl files
 (openwebtext, fineweb_edu), another folder of Python (stdlib, talk). Broken off, openwebtext and fineweb_edu go on from the last
-shard when asked again. --check holds a prepared data set against its checksums.
+shard when asked again. A data set that is there is replaced, but not a text by another text: give that one its own
+--name=. --check holds a prepared data set against its checksums.
 """
 import collections
 import functools
@@ -41,7 +42,7 @@ import needle as needles
 import recall as recalls
 import talk as talks
 from configurator import UserError, load, run
-from dataset import WORD, Dataset, Tokenizer, Writer, read_text
+from dataset import NAMES, WORD, Dataset, Tokenizer, Writer, read_text
 from seeds import generator
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -54,6 +55,7 @@ class PrepareConfig:
     source: str = ''        # shakespeare*: a file already on disk; stdlib, talk: a folder of Python source
     train_path: str = ''    # text: the training file
     val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
+    name: str = 'text'      # text: what the data set is called, data/NAME/; a data set of another text is never replaced
     tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word, or gpt2
     check: bool = False     # only hold what is there against its checksums
     num_proc: int = 0       # openwebtext, fineweb_edu: processes that encode; 0 = one per core
@@ -98,7 +100,7 @@ def verify(path, sha256):
         raise UserError(f"{path}: the checksum differs from the known one; this is not the file it should be")
 
 
-def write_texts(name, config, kind, train, val):
+def write_texts(name, config, kind, train, val, made_from=None):
     kind = 'byte' if kind == 'auto' else kind
     if kind == 'word':
         raise UserError("tokenizer='word' is for needle; give --tokenizer=byte, char or gpt2")
@@ -108,7 +110,7 @@ def write_texts(name, config, kind, train, val):
         if len(spec['chars']) > 65536:
             raise UserError(f"{len(spec['chars'])} different characters do not fit a char tokenizer; use --tokenizer=byte")
     tokenizer = Tokenizer(spec)
-    with Writer(config.data_dir, name, tokenizer) as writer:
+    with Writer(config.data_dir, name, tokenizer, made_from=made_from) as writer:
         for split, text in ('train', train), ('val', val):
             size = max(len(text), 1) if kind == 'gpt2' else 1 << 20  # BPE merges must not meet a cut
             for at in range(0, len(text), size):
@@ -200,10 +202,11 @@ def shakespeare(config):
 def text(config):
     if not config.train_path:
         raise UserError("train_path is missing; give it as --train_path=FILE")
-    train = read_text(config.train_path)
-    cut = int(len(train) * 0.9)
-    train, val = (train, read_text(config.val_path)) if config.val_path else (train[:cut], train[cut:])
-    write_texts('text', config, config.tokenizer, train, val)
+    texts = [read_text(path) for path in (config.train_path, config.val_path) if path]
+    cut = int(len(texts[0]) * 0.9)
+    train, val = texts if config.val_path else (texts[0][:cut], texts[0][cut:])
+    sums = sorted({hashlib.sha256(text.encode()).hexdigest() for text in texts})
+    write_texts(config.name, config, config.tokenizer, train, val, sums)
 
 
 def haystack_texts(config):
@@ -374,8 +377,12 @@ def main(argv):
                         ('shard_tokens', 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.name != 'text' and names[0] != 'text':
+        raise UserError(f"--name is for text; {names[0]} has its own")
+    if not re.fullmatch(r'\w[\w-]*', config.name) or config.name in (*NAMES, 'downloads'):
+        raise UserError(f"name='{config.name}' must be letters, digits, _ and -, and not what prepare.py calls something else")
     if config.check:
-        data = Dataset(config.data_dir, names[0])
+        data = Dataset(config.data_dir, config.name if names[0] == 'text' else names[0])
         data.verify()
         print(f"{data.folder}: {len(data.sha256)} files are as they were written")
         return

@@ -13,7 +13,9 @@ A memory that stays: FILE is read at the start and written at the end, and after
     python sample.py --out_dir=out --memory=me.mem --reset_memory         # begin anew: what is said first replaces the file
     python sample.py --out_dir=out --memory=me.mem --update_memory=False  # the control: read, never written, nor saved
 
-The prompt is read once, into attention and memory; then every token costs the same, however long the prompt was.
+While a conversation keeps its memory in FILE, no other one can. The prompt is read once, into attention and memory; then every
+token costs the same, however long the prompt was. A terminal shows control characters of a text as \\x1b and the like; files
+and pipes get the exact text.
 """
 import codecs
 import contextlib
@@ -31,7 +33,7 @@ import checkpoint
 import configurator
 import interactive
 import memory_file
-from configurator import UserError
+from configurator import UserError, visible
 from dataset import Tokenizer, read_text
 from model import map_state
 from parallel import pick_device, pick_dtype
@@ -52,7 +54,7 @@ class SampleConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # on what has been sampled; 1 = none
     memory: str = ''                # the file of a memory that stays
-    reset_memory: bool = False      # begin with an empty one, whatever the file has
+    reset_memory: bool = False      # begin with an empty one; a file of another model is refused
     update_memory: bool = True      # False: the long-term memory is read, never written, and its file left as it was
     learn: str = ''                 # a file of text to read first, or - ; nothing is said unless interactive
     seed: int = 1337
@@ -93,6 +95,11 @@ def read_prompt(text):
     if not text:
         raise UserError("the prompt is empty; give at least one character with --prompt=")
     return text
+
+
+def say(text, end='\n'):
+    """Print what a model has read or says: exactly, but on a terminal nothing that would steer it."""
+    print(visible(text, '\n\t') if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 class Reader:
@@ -184,7 +191,7 @@ class Conversation:
         """Print what comes next, as it comes, and note each token."""
         tokens = (note(token) or token for token in self.tokens())
         for text in until(self.tokenizer.decode_stream(tokens), self.config.stops()):
-            print(text, end='', flush=True)
+            say(text, end='')
         print()
 
     def learn(self, text):
@@ -221,7 +228,7 @@ def sample(chat, prompt):
     chat.hear(chat.reader.encode(prompt))
     if chat.config.num_samples > 1:
         return side_by_side(chat, prompt, chat.config.num_samples)
-    print(prompt, end='', flush=True)
+    say(prompt, end='')
     began, made = time.time(), []
     chat.answer(made.append)
     say_speed(len(made), began)
@@ -244,7 +251,7 @@ def side_by_side(chat, prompt, count):
             made += len(going)
             bar.update()
     for i, text in enumerate(texts):
-        print(f"--- sample {i + 1} of {count}\n{prompt}{''.join(until([text], stops))}")
+        say(f"--- sample {i + 1} of {count}\n{prompt}{''.join(until([text], stops))}")
     say_speed(made, began)
 
 
@@ -272,8 +279,15 @@ def end(number, frame):
 def main(argv):
     config = configurator.load(SampleConfig, argv, __doc__)
     keep = config.memory if config.update_memory else ''
-    if keep:
-        memory_file.check_place(keep)
+    if not keep:
+        return run(config, keep)
+    memory_file.check_place(keep)
+    with memory_file.lock(keep):
+        return run(config, keep)
+
+
+def run(config, keep):
+    """Read, say or talk as config has it; keep: the file that the memory is written to, or ''. -> exit status"""
     text = read_text(config.learn) if config.learn else None
     prompt = None if config.interactive or config.learn else read_prompt(config.prompt)
     chat = Conversation(config)
@@ -282,6 +296,8 @@ def main(argv):
         chat.fingerprint()
         if not config.reset_memory and (os.path.exists(config.memory) or not keep):
             chat.load(config.memory)
+        elif keep:
+            memory_file.check_place(keep, chat.whose)
     with on_signals(end, 'SIGTERM', 'SIGHUP'):  # of a closed terminal, too
         try:
             if text is not None:

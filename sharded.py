@@ -6,11 +6,12 @@ of each tensor instead of the tensor. They load into any number of processes.
     python sharded.py out/fineweb_760m           # make ckpt.pt, one file, of the newest; and best.pt, if its shards were kept
     python sharded.py out/fineweb_760m 4000      # of the one of step 4000
 """
+import contextlib
 import errno
 import io
 import os
 import pickle
-import shutil
+import stat
 import warnings
 import zlib
 
@@ -83,9 +84,11 @@ def put_back(content, tensors):
 
 
 def checksum(path):
-    """-> size and CRC-32 of a file, None if it cannot be read"""
+    """-> size and CRC-32 of a plain file, None if there is none that can be read; a device or a pipe might have no end"""
     crc = size = 0
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None
         with open(path, 'rb') as f:
             while block := f.read(1 << 22):
                 crc, size = zlib.crc32(block, crc), size + len(block)
@@ -114,7 +117,8 @@ class Saver:
         self.keep = keep_last, {best}
         self.path = checkpoint.name_at(self.out_dir, content['step'])
         if self.process.main:
-            shutil.rmtree(self.path + '.partial', ignore_errors=True)
+            with contextlib.suppress(OSError):
+                checkpoint.remove_shards(self.path + '.partial')
         dist.barrier(self.group)
         writer = dcp.FileSystemWriter(self.path + '.partial')
         self.future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
@@ -148,7 +152,7 @@ class Saver:
                         raise UserError("out_dir must be a folder that all nodes share")
                     checkpoint.save(os.path.join(partial, 'content.pt'), self.content)
                     if os.path.isdir(self.path):  # this step was saved before: leave what is whole alone
-                        shutil.rmtree(partial)
+                        checkpoint.remove_shards(partial)
                     else:
                         os.replace(partial, self.path)
                         checkpoint.sync_folder(self.path)
@@ -156,7 +160,8 @@ class Saver:
             except (OSError, UserError) as error:
                 problem = checkpoint.reason(error)
             if problem:
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    checkpoint.remove_shards(partial)
         failed, = self.process.any(problem is not None)
         if failed:
             raise UserError(f"cannot save {self.path}: {problem or 'another process could not'}; the one before it is "
@@ -172,7 +177,9 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
     content = checkpoint.load(os.path.join(folder, 'content.pt'))
     rank, world = (process.rank, process.world) if process else (0, 1)
     try:
-        files = content['files']
+        files = content['files']  # of a stranger, perhaps: none may lie elsewhere
+        if '.metadata' not in files or any(os.path.basename(name) != name for name in files):
+            raise ValueError("files of another folder")
         damaged = [name for name in sorted(files)[rank::world] if checksum(os.path.join(folder, name)) != tuple(files[name])]
         if process.any(damaged)[0] if process else damaged:
             raise UserError(f"{folder}: damaged, {damaged[0] if damaged else 'one of its files'} differs from its checksum")

@@ -1,5 +1,6 @@
 """What a user types, and what comes back: one clear line for every mistake, and nothing half-written."""
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import prepare
 import sample
 import train
 from configurator import UserError
-from dataset import Dataset, Tokenizer
+from dataset import NAMES, Dataset, Tokenizer
 from model import BLOCKS, TitansConfig
 from needle import held_out, reference
 
@@ -244,6 +245,87 @@ def test_prepare_refuses(place, argv, words):
     assert os.listdir('data') == ['text'] and (place / 'data/text/train.bin').read_bytes() == before
 
 
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
+def test_a_second_text_has_a_name_of_its_own(place, capsys):
+    """The same files again are no loss, whatever tokens they become; another text replaces nothing."""
+    Path('b.txt').write_text(TEXT[::-1])
+    before = files('data')
+    message = refused(prepare.main, 'text', '--train_path=b.txt')
+    assert 'data/text was made from another text' in message and '--name=' in message and files('data') == before
+    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    prepare.main(['text', '--train_path=a.txt', '--tokenizer=byte'])
+    assert Dataset('data', 'text').tokenizer['kind'] == 'byte'
+    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    assert {k: v for k, v in files('data').items() if k.startswith('text')} == before
+    assert train.main(['--dataset=my_b-2', *TINY]) == 0
+    prepare.main(['text', '--name=my_b-2', '--check'])
+    assert 'data/my_b-2: 2 files are as they were written' in capsys.readouterr().out
+    Path('data/my_b-2/train.bin').write_bytes(b'')
+    for main, argv in (train.main, ['--dataset=my_b-2', *TINY]), (prepare.main, ['text', '--name=my_b-2', '--check']):
+        assert 'run: python prepare.py text --train_path=FILE --name=my_b-2' in refused(main, *argv)
+    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    Path('data/my_b-2/meta.json').write_text('{')
+    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    assert sorted(os.listdir('data')) == ['my_b-2', 'text']
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '/tmp/a', 'a.old', '-a', 'a b', 'stdlib', 'needle', 'downloads'])
+def test_a_name_for_a_text(place, name):
+    assert f"name='{name}' must be letters" in refused(prepare.main, 'text', '--train_path=a.txt', f'--name={name}')
+    assert os.listdir('data') == ['text']
+
+
+def test_names_of_data_sets():
+    assert {*NAMES, 'text'} == set(prepare.CORPORA)
+    assert '--name is for text' in refused(prepare.main, 'stdlib', '--name=mine')
+
+
+@pytest.mark.parametrize('folder, file', [('text', 'a.txt'), ('text.old', 'a.txt'), ('text.old', 'meta.json'),
+                                          ('text.partial', 'a.txt')])
+def test_what_prepare_has_not_written_stays(place, folder, file):
+    """A file of the user's, or a copy that the user has made, in a folder that would be removed."""
+    os.makedirs(f'data/{folder}', exist_ok=True)
+    Path(f'data/{folder}/{file}').write_text('dear')
+    before = files('data')
+    message = refused(prepare.main, 'text', '--train_path=a.txt', '--tokenizer=char')
+    assert f'data/{folder} is in the way' in message and files('data') == before
+
+
+@pytest.mark.parametrize('broken, error', [('data/text', KeyboardInterrupt), ('data/text.partial', KeyboardInterrupt),
+                                           ('data/text.partial', OSError(5, 'Input/output error'))])
+def test_a_data_set_replaced_half_way(place, monkeypatch, broken, error):
+    """Killed before one of the two renames, or one fails: nothing is lost, the same command mends it; another text waits."""
+    Path('b.txt').write_text(TEXT[::-1])
+    before, replace = files('data'), os.replace
+
+    def breaks(source, target):
+        if source == broken:
+            raise error
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', breaks)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    if isinstance(error, OSError):
+        assert files('data') == before
+    assert 'another text' in refused(prepare.main, 'text', '--train_path=b.txt')
+    assert before.items() <= files('data').items()
+    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    assert files('data') == before
+
+
+def test_meta_json_names_no_other_files(place):
+    """A sum of a file elsewhere, though it is right, is no part of a data set."""
+    Path('data/b.bin').write_bytes(b'b')
+    path = Path('data/text/meta.json')
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {'sha256': meta['sha256'] | {'../b': hashlib.sha256(b'b').hexdigest()}}))
+    assert 'meta.json is damaged' in refused(prepare.main, 'text', '--check')
+
+
 def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, 'SHAKESPEARE', 'http://127.0.0.1:9/none.txt')
     message = refused(prepare.main, 'shakespeare_char', f'--data_dir={tmp_path}')
@@ -286,7 +368,7 @@ def test_damaged_data_is_refused(place, name, words):
 def test_unprepared_and_short_data(place):
     assert 'is not prepared' in refused(train.main, '--dataset=text', *TINY, '--data_dir=a.txt')
     assert 'cannot write' in refused(prepare.main, 'text', '--train_path=a.txt', '--data_dir=a.txt')
-    assert 'run: python prepare.py nothing' in refused(train.main, '--dataset=nothing', *TINY)
+    assert 'run: python prepare.py text --train_path=FILE --name=nothing' in refused(train.main, '--dataset=nothing', *TINY)
     assert 'fewer than block_size' in refused(train.main, '--dataset=text', *TINY, '--block_size=4096')
     assert 'vocab_size=3 is smaller' in refused(train.main, '--dataset=text', *TINY, '--vocab_size=3')
 
@@ -442,6 +524,7 @@ def test_resume_refuses_other_data_and_rows(place):
     assert 'batch_size x gradient_accumulation_steps=2 there, 3 asked for' in refused(
         train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume', '--batch_size=3')
     Path('b.txt').write_text(TEXT[::-1])
+    shutil.rmtree('data/text')
     prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])
     assert 'other data' in refused(train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume')
 

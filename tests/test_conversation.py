@@ -1,10 +1,13 @@
 """A memory that stays: kept, gone on with, refused where it does not belong; and how a sample is drawn and ends."""
+import copy
+import io
 import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ from test_cli import TEXT, TINY, refused
 
 import checkpoint
 import configurator
+import interactive
 import memory_file
 import prepare
 import sample
 import train
 from configurator import UserError
+from dataset import Tokenizer
 from sample import Conversation, SampleConfig, until
 
 HERE = Path(__file__).resolve().parent.parent
@@ -122,6 +127,8 @@ def damaged(how):
         Path('me.mem').write_bytes(Path('mac/ckpt.pt').read_bytes())
     elif how == 'other format':
         torch.save(content | {'memory': 99}, 'me.mem')
+    elif how == 'old format':
+        torch.save(content | {'memory': 1}, 'me.mem')
     elif how == 'a tensor':
         torch.save(torch.zeros(3), 'me.mem')
     elif how == 'no model':
@@ -147,7 +154,8 @@ def memory_bytes(content):
 @pytest.mark.parametrize('how, words', [
     ('cut', 'not a readable memory file, truncated'), ('empty', 'not a readable memory file'), ('text', 'not a readable'),
     ('flipped', 'differs from its checksum'), ('a checkpoint', 'not a memory file, and will not be made one'),
-    ('other format', 'not a memory file of this version'), ('a tensor', 'not a memory file'), ('no model', 'not a memory file'),
+    ('other format', 'not a memory file of this version'), ('old format', 'not a memory file of this version (2)'),
+    ('a tensor', 'not a memory file'), ('no model', 'not a memory file'),
     ('edited', 'changed after it was written: its sum differs'), ('edited, sum too', 'does not fit the model'),
     ('not a number, sum too', 'does not fit the model'), ('unread, sum too', 'what is no token'),
 ])
@@ -208,6 +216,108 @@ def test_a_write_that_fails_leaves_the_old_file(here, monkeypatch):
     with pytest.raises(UserError, match='me.mem is left as it was: .* not finite'):
         conversation.save('me.mem')
     assert Path('me.mem').read_bytes() == before and not list(Path().glob('*.partial'))
+
+
+def test_a_memory_is_private_and_stays_in_its_place(here, monkeypatch):
+    """Nobody else can read a new file, nor the unfinished one; what the user has made of it since stays: permissions, links."""
+    modes, save = [], torch.save
+    monkeypatch.setattr(torch, 'save', lambda content, f: modes.append(os.stat(f.name).st_mode & 0o777) or save(content, f))
+    os.mkdir('elsewhere')
+    os.symlink('elsewhere/real.mem', 'me.mem')
+    conversation = talk()
+    say(conversation, 'def f1(x):\n')
+    before = os.umask(0o022)
+    try:
+        for mode in 0o600, 0o640, 0o666:
+            conversation.save('me.mem')
+            modes.append(os.stat('elsewhere/real.mem').st_mode & 0o777)
+            assert modes == [mode, mode]
+            os.chmod('elsewhere/real.mem', {0o600: 0o640}.get(mode, 0o666))
+            modes.clear()
+    finally:
+        os.umask(before)
+    assert os.readlink('me.mem') == 'elsewhere/real.mem' and os.listdir('elsewhere') == ['real.mem']
+
+
+def test_what_was_typed_is_private(tmp_path, monkeypatch):
+    pytest.importorskip('readline')
+    monkeypatch.setattr(interactive, 'HISTORY', str(tmp_path / 'history'))
+    monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(isatty=lambda: True))
+    (tmp_path / 'history').write_text('')
+    for _ in range(2):
+        (tmp_path / 'history').chmod(0o644)
+        with interactive.history():
+            pass
+        assert (tmp_path / 'history').stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize('name', ['me.mem', 'link.mem'])
+def test_one_conversation_a_memory(here, monkeypatch, capsys, name):
+    """Whether the file is there yet or not, and under any name; to read it alone is free; nothing is left behind."""
+    argv, there = ['--out_dir=mac', '--device=cpu', '--max_new_tokens=3', '--prompt=x'], os.listdir()
+    os.symlink('me.mem', 'link.mem')
+    for _ in range(2):
+        with memory_file.lock('me.mem'):
+            assert f'{name}: another conversation keeps its memory' in refused(sample.main, *argv, f'--memory={name}')
+            said = converse(monkeypatch, capsys, f'def\n/save {name}', '--memory=other.mem')
+            assert f'{name}: another conversation keeps its memory' in said.err
+            if Path('me.mem').exists():
+                assert sample.main([*argv, f'--memory={name}', '--update_memory=False']) == 0
+        assert sample.main([*argv, f'--memory={name}']) == 0
+    said = converse(monkeypatch, capsys, f'def\n/save {name}\n/save a.mem\n/save a.mem', f'--memory={name}')
+    assert 'another conversation' not in said.err
+    assert sorted(os.listdir()) == sorted([*there, 'me.mem', 'link.mem', 'other.mem', 'a.mem'])
+
+
+def test_a_killed_conversation_leaves_no_lock(here):
+    child = os.fork()
+    if not child:
+        memory_file.lock('me.mem').__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with memory_file.lock('me.mem'):
+        pass
+    assert not list(Path().glob('*.lock'))
+
+
+def test_a_file_named_like_the_lock_is_left(here):
+    Path('me.mem.lock').write_text('mine')
+    with memory_file.lock('me.mem'):
+        pass
+    assert Path('me.mem.lock').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name, words', [('other', 'other weights'), ('mag', 'arch=mac there, mag here')])
+def test_another_models_memory_is_not_replaced(here, monkeypatch, capsys, name, words):
+    conversation = talk()
+    say(conversation, 'def f1(x):\n')
+    conversation.save('me.mem')
+    before = Path('me.mem').read_bytes()
+    message = refused(sample.main, f'--out_dir={name}', '--device=cpu', MEM, '--reset_memory', '--prompt=x')
+    said = converse(monkeypatch, capsys, 'def\n/save me.mem', f'--out_dir={name}').err
+    for line in message, said:
+        assert words in line and 'remove it, or give another name' in line
+    assert Path('me.mem').read_bytes() == before
+
+
+def test_a_forgotten_memory_is_gone_from_behind_a_link(here, monkeypatch, capsys):
+    os.symlink('real.mem', 'me.mem')
+    converse(monkeypatch, capsys, 'def', MEM)
+    assert Path('real.mem').exists()
+    converse(monkeypatch, capsys, '/reset', MEM)
+    assert not Path('real.mem').exists()
+
+
+@pytest.mark.parametrize('a, b', [
+    ([1, 23], [12, 3]), (['ab', 'c'], ['a', 'bc']), ({1: 2}, [(1, 2)]), (1, '1'), (1, True), (1, 1.0), (None, 'None'),
+    ([[1], 2], [[1, 2]]), ([[], []], [[[]]]), ({'a': {'b': 1}}, {'a': 1, 'b': {}}), ((1,), [1]), (0.0, -0.0), ('', []),
+    ('\U0001f600', '\ud83d\ude00'), (['1', 1], [1, '1']), ('int 1:1', 1), (torch.zeros(2, 3), torch.zeros(3, 2)),
+    ([torch.zeros(2), torch.zeros(1)], [torch.zeros(1), torch.zeros(2)]), (torch.zeros(1), torch.zeros(1, dtype=torch.int32)),
+    (torch.zeros(1, dtype=torch.uint8), '\0'), (torch.zeros(0), []),
+], ids=repr)
+def test_no_two_contents_have_one_sum(a, b):
+    assert memory_file.digest(a) != memory_file.digest(b) and memory_file.digest([a, b]) != memory_file.digest([b, a])
+    assert memory_file.digest([a]) == memory_file.digest([copy.deepcopy(a)])
 
 
 def test_an_interrupted_answer_is_remembered(here):
@@ -375,6 +485,39 @@ def test_interrupted_answers_go_on(here, monkeypatch, capsys):
 
 
 # -- samples
+
+
+HOSTILE = 'a\x1b[2J\x9b1m\u202e\u2066\x00\x7f\tb\r\n'
+
+
+@pytest.mark.parametrize('flags', ['', '--num_samples=2', '--interactive'])
+def test_what_a_model_says_cannot_steer_the_terminal(here, monkeypatch, capsys, flags):
+    """Shown on a terminal, tabs and new lines as they are; in a file all to the letter. /surprise shows all of it."""
+    def said(terminal):
+        out, lines = io.StringIO(), iter(['def', '/surprise', '/quit'])
+        out.isatty = lambda: terminal
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', out)
+            patch.setattr(Tokenizer, 'bytes_of', lambda self, token: HOSTILE.encode())
+            patch.setattr('builtins.input', lambda prompt: next(lines))
+            assert sample.main(['--out_dir=mac', '--device=cpu', '--max_new_tokens=2', *flags.split()]) == 0
+        return out.getvalue()
+    assert HOSTILE * 2 in said(False) and not set(capsys.readouterr().err) & set('\x1b\x9b\u202e')
+    assert r'a\x1b[2J\x9b1m\u202e\u2066\x00\x7f' + '\tb\\r\n' in said(True) and not set(said(True)) & set('\x1b\x9b\u202e')
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(here, monkeypatch, capsys):
+    """In an error of a script, and in one within a conversation."""
+    content = checkpoint.load('mac/ckpt.pt')
+    conversation = talk()
+    say(conversation, 'def')
+    memory_file.save('a.mem', conversation.fingerprint() | {'arch': HOSTILE}, conversation.state, [])
+    checkpoint.save('bad.pt', content | {'tokenizer': {'kind': HOSTILE}})
+    assert r"\x1b[2J\x9b1m\u202e" in (err := converse(monkeypatch, capsys, '/load a.mem').err) and '\x1b' not in err
+    with pytest.raises(SystemExit):
+        configurator.run(lambda argv: sample.Reader('bad.pt', 'cpu', 'auto'))
+    err = capsys.readouterr().err
+    assert r"\x1b[2J\x9b1m\u202e\u2066\x00\x7f\tb\r\n" in err and err.count('\n') == 1 and not set(err) & set('\x1b\x9b\u202e')
 
 
 @pytest.mark.parametrize('texts, stops, want', [

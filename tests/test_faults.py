@@ -1,4 +1,5 @@
 """What a long run meets: kills at any instant, full disks, damaged files, schedulers that want the machine back."""
+import io
 import os
 import random
 import signal
@@ -215,6 +216,52 @@ def test_files_from_others_are_data(data_dir, tmp_path, monkeypatch):  # noqa: F
     with pytest.raises(UserError, match='not a readable checkpoint'):
         sharded.load(folder)
     assert not os.path.exists(tmp_path / 'done')
+
+
+@pytest.fixture()
+def shards(tmp_path):
+    """The folder of a sharded checkpoint, made by hand, and a function that gives its index other files."""
+    folder = tmp_path / 'ckpt-00000001'
+    folder.mkdir()
+    (folder / '.metadata').write_bytes(b'index')
+    content = {'step': 1, 'best_val_loss': 1.0, 'state': None,
+               **{key: {} for key in ('model_config', 'train_config', 'tokenizer', 'provenance', 'model', 'optimizer')}}
+
+    def index(*names):
+        checkpoint.save(str(folder / 'content.pt'), content | {'files': dict.fromkeys(names, (5, 0))})
+    return folder, index
+
+
+@pytest.mark.parametrize('name', ['/dev/zero', '../outside', '..', 'link', 'pipe'])
+def test_a_sharded_checkpoint_reads_its_own_folder(shards, monkeypatch, name):
+    """Nothing else is opened, whatever its index names."""
+    folder, index = shards
+    (folder.parent / 'outside').write_bytes(b'other')
+    (folder / 'link').symlink_to('/dev/zero')
+    os.mkfifo(folder / 'pipe')
+    opened = []
+    monkeypatch.setattr(sharded, 'open', lambda path, _: opened.append(os.path.basename(path)) or io.BytesIO(), raising=False)
+    for names in ['.metadata', name], [name]:
+        index(*names)
+        with pytest.raises(UserError, match='not a readable checkpoint|differs from its checksum'):
+            sharded.load(str(folder))
+    assert set(opened) <= {'.metadata'}
+
+
+def test_only_what_a_run_leaves_is_swept(tmp_path):
+    """By its name, and a folder by the names of all that is in it."""
+    ours = ['ckpt.pt', 'best.pt', 'ckpt-00000009.pt', 'log.jsonl', 'wandb.json']
+    others = ['notes.partial', 'book.pt.partial', 'ckpt.pt', 'my-ckpt.pt.partial']
+    for name in [*(name + '.partial' for name in ours), *others]:
+        (tmp_path / name).write_bytes(b'half')
+    for folder, files in (('ckpt-00000009.partial', ['__0_0.distcp', '.metadata']), ('ckpt-00000008.partial', []),
+                          ('data.partial', ['train.bin']), ('ckpt-00000007.partial', ['__0_0.distcp', 'notes.txt'])):
+        (tmp_path / folder).mkdir()
+        for name in files:
+            (tmp_path / folder / name).write_bytes(b'')
+    checkpoint.sweep(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, 'ckpt-00000007.partial', 'data.partial'])
+    assert sorted(os.listdir(tmp_path / 'ckpt-00000007.partial')) == ['__0_0.distcp', 'notes.txt']
 
 
 def test_an_unfinished_write_is_swept_and_an_older_run_set_aside(data_dir, tmp_path):  # noqa: F811
