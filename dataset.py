@@ -112,7 +112,8 @@ def gpt2():
 
 def read_text(path, what='text', most=-1):
     """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
-    name = 'standard input' if path == '-' else path
+    name = 'standard input' if path == '-' else path or "''"
+    most = most if most < 2 ** 28 else -1  # Python takes memory for all that is asked for, before it reads
     try:
         with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
             data = f.read(4 * most if most > 0 else -1)

@@ -334,6 +334,8 @@ def main(argv):
                         ('shard_tokens', 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.block_size > 2 ** 24:
+        raise UserError(f"block_size={config.block_size} must be at most {2 ** 24}")
     if config.check:
         data = Dataset(config.data_dir, names[0])
         data.verify()
