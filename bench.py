@@ -74,9 +74,14 @@ class BenchConfig:
     seed: int = 1337
 
     def __post_init__(self):
-        for name, least in ('chunk_len', 1), ('repeats', 1), ('stream', 4096), ('threads', 0):
+        for name, least in ('chunk_len', 1), ('repeats', 1), ('stream', 4096), ('threads', 0), ('gpus', 1):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in 'gpu_flops', 'gpu_bytes', 'gpu_share':
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.threads > 1024:
+            raise ValueError(f"threads={self.threads} must be at most 1024")
         if SHAPES[self.shape]['segment_len'] % self.chunk_len:
             raise ValueError(f"chunk_len={self.chunk_len} must divide the segments of shape {self.shape}, "
                              f"{SHAPES[self.shape]['segment_len']} tokens")
@@ -85,7 +90,7 @@ class BenchConfig:
             raise ValueError(f"measure={self.measure}: '{min(wrong)}' is not one of train, forward, memory, stream")
         try:
             cells = [tuple(map(int, size.split('x'))) for size in self.sizes.split(',')]
-            ok = all(rows > 0 and length > 0 for rows, length in cells)
+            ok = all(0 < rows < 2 ** 31 and 0 < length < 2 ** 31 for rows, length in cells)
             self.cells = sorted(cells, key=lambda cell: cell[1])
         except ValueError:  # not two numbers, or no numbers
             ok = False

@@ -8,11 +8,12 @@ public name in it must be an option. Every mistake is a UserError: one line that
 """
 import dataclasses
 import difflib
-import math
 import os
 import re
 import sys
 import typing
+
+MOST = 2 ** 63 - 1
 
 
 class UserError(Exception):
@@ -89,13 +90,17 @@ def known(name, options, where):
 
 
 def check(name, value, hint, where):
-    """A value of a config file, held against its annotation."""
+    """A value, held against its annotation; PyTorch has 64 bits for whole numbers, and float32 for others."""
+    if type(value) is int and abs(value) > MOST:
+        raise UserError(f"{where}: {name} must be between -{MOST} and {MOST}")
     if hint is float and type(value) is int:
         value = float(value)
     choices = typing.get_args(hint)
     if value not in choices if choices else type(value) is not hint:
         want = f"one of {', '.join(map(repr, choices))}" if choices else f"a value of type {hint.__name__}"
         raise UserError(f"{where}: {name} must be {want}, not {value!r}")
+    if hint is float and not abs(value) < 3.4e38:  # nor is nan
+        raise UserError(f"{where}: {name} must be a value of type float, finite and below 3.4e38, not {value}")
     return value
 
 
@@ -108,20 +113,35 @@ def parse(name, text, hint, where):
     if hint in (int, float):
         try:
             value = hint(text)
-            if math.isfinite(value):
-                return value
-            raise ValueError
         except ValueError:
             raise UserError(f"{where}: {name} must be a value of type {hint.__name__}, not '{text}'") from None
+        return check(name, value, hint, where)
     return check(name, text, hint, where)
+
+
+def typed(text, what):
+    """Text that was typed, as UTF-8 says it: a locale that does not know UTF-8 leaves its bytes as surrogates."""
+    try:
+        return text.encode(errors='surrogateescape').decode(errors='surrogateescape')
+    except UnicodeEncodeError:
+        raise UserError(f"the {what} is not text: it has a surrogate") from None
 
 
 def run(main):
     """A script's entry: main() may return an exit status; a UserError is one line on stderr and status 1."""
+    for stream in sys.stdout, sys.stderr:  # what a stream's encoding lacks, or is no text, comes out escaped
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {visible(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, OverflowError, RuntimeError) as error:  # PyTorch's allocators raise RuntimeErrors
+        if isinstance(error, RuntimeError) and not re.search('out of memory|allocate memory|size calculation', str(error)):
+            raise
+        said = str(error).splitlines()[0] if str(error) else 'this is too large'
+        print(f"{os.path.basename(sys.argv[0])}: not enough memory ({said:.200}); ask for less at a time", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -118,7 +118,8 @@ def gpt2():
 
 def read_text(path, what='text', most=-1):
     """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
-    name = 'standard input' if path == '-' else path
+    name = 'standard input' if path == '-' else path or "''"
+    most = most if most < 2 ** 28 else -1  # Python takes memory for all that is asked for, before it reads
     try:
         with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
             data = f.read(4 * most if most > 0 else -1)
@@ -139,7 +140,7 @@ class Writer:
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`
     With row_len every add() is one row and its weights; with document_end, the token they end with, a document.
     With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; broken off, it goes on from the last
-    turn: `source` is what was given there, None at the start. `about` {name: value} says what the text is, here and in meta.json.
+    turn: `source` is what was given there, None at the start. `about` {name: value} says what the text is.
     With made_from, sums of the user's texts, a data set that was made from others is not replaced.
     """
 

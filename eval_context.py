@@ -11,7 +11,7 @@ rows x length they overlap. Compare the curves with each other: one curve alone 
 import itertools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -101,13 +101,13 @@ def main(argv):
         if r.content['tokenizer'] != data.tokenizer:
             raise UserError(f"{r.path} has another tokenizer than data set '{config.dataset}'; give the one it was trained on "
                             "with --dataset=")
-    curves = {}
+    curves, models = {}, {name: r.about() for name, (r, _) in runs.items()}
     with tqdm(total=len(runs) * config.rows * config.length, unit='tok', unit_scale=True) as bar:
         for name, (r, update_memory) in runs.items():
             bar.set_description(name)
             curves[name] = losses(r, data, config, update_memory, bar)
     path = os.path.join(config.out_dir, 'context.json')
-    save_json(path, {'dataset': config.dataset, 'rows': config.rows, 'length': config.length, 'block': BLOCK, 'loss': curves})
+    save_json(path, {'config': asdict(config), 'models': models, 'data': data.sha256, 'block': BLOCK, 'loss': curves})
     print('positions'.ljust(20) + ''.join(name.rjust(16) for name in curves))
     for rows in zip(*map(octaves, curves.values()), strict=True):
         print(f"{rows[0][0]:>9,}-{rows[0][1]:<10,}" + ''.join(f'{loss:16.4f}' for *_, loss in rows))

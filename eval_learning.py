@@ -12,7 +12,7 @@ in the attention window alone: the model's own, if it fits in there, and that of
 more text than attention reaches. learning.json and learning.png in out_dir.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -52,6 +52,8 @@ class LearningConfig:
         for name in ('words', 'phrases', 'begin', 'times', 'between'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
         if self.words <= self.begin:
             raise ValueError(f"words={self.words}: a phrase must be longer than its beginning, begin={self.begin}")
         numbers(self, 'hold', 1)
@@ -172,6 +174,7 @@ def main(argv):
     config = configurator.load(LearningConfig, argv, __doc__)
     reader, *others = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
                        for out_dir in (config.out_dir, config.baseline) if out_dir]
+    models = [r.about() for r in (reader, *others)]
     if not reader.model.config.memory_blocks():
         raise UserError(f"{reader.path}: this model has no long-term memory that could learn")
     if config.between < reach(reader.model.config):
@@ -200,8 +203,8 @@ def main(argv):
         if None not in found:
             results['in the window'][name] = found
     path = os.path.join(config.out_dir, 'learning.json')
-    save_json(path, {'phrases': [p.text for p in phrases], 'given': [p.given for p in phrases], 'between': config.between,
-                     'window': reach(reader.model.config), 'step': reader.content['step'], **results}, indent=1)
+    save_json(path, {'config': asdict(config), 'models': models, 'phrases': [p.text for p in phrases],
+                     'given': [p.given for p in phrases], 'window': reach(reader.model.config), **results}, indent=1)
     report(results, config)
     draw(results, config, path.replace('.json', '.png'))
     print(f"wrote {path} and {path.replace('.json', '.png')}")

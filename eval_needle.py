@@ -9,7 +9,8 @@ Hide a needle in a haystack, ask for it, and draw where the model finds it: need
 
 Every sample is streamed through the carried state, with the memory as trained and again with the memory never written, so
 neither time nor memory per token depends on the length. Lengths are in tokens of the model and include question and
-answer. Cells already in needle.json are kept, so Ctrl-C loses only the cell at work. Tasks: see needle.py.
+answer. Cells already in needle.json are kept, so Ctrl-C loses only the cell at work; another dtype or kind of device has cells
+of its own. Tasks: see needle.py.
 """
 import hashlib
 import itertools
@@ -35,6 +36,7 @@ from sample import Reader
 
 BLOCK = 1024  # tokens of each sample read at once
 SLACK = 4     # tokens the model may say beside the answer
+SCORING = 1   # one more whenever an answer is asked for or judged in another way
 
 
 @dataclass
@@ -72,7 +74,7 @@ class NeedleConfig:
                 raise ValueError(f"flat={self.flat} must be at least 8192 tokens, to be compared with 4096")
 
 
-def numbers(config, name, least, most=math.inf):
+def numbers(config, name, least, most=2 ** 40):
     """The option's comma-separated whole numbers, in order."""
     text = getattr(config, name)
     try:
@@ -80,7 +82,7 @@ def numbers(config, name, least, most=math.inf):
     except ValueError:
         raise ValueError(f"{name}='{text}' must be whole numbers with commas between, such as 256,1024") from None
     if not least <= found[0] <= found[-1] <= most:
-        raise ValueError(f"{name}='{text}' must be at least {least}" + (f" and at most {most}" if most < math.inf else ""))
+        raise ValueError(f"{name}='{text}' must be at least {least} and at most {most}")
     return found
 
 
@@ -107,8 +109,6 @@ class Asker:
 
     def __init__(self, path, config, evaluation):
         self.reader = Reader(path, config.device, config.dtype)
-        with open(path, 'rb') as f:
-            self.sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
         encode = self.reader.tokenizer.encode
         try:
             self.haystacks = {'noise': Haystack(NOISE, self.reader.tokenizer),
@@ -213,7 +213,7 @@ class Results:
             raise UserError(f"{path} is damaged; move it away to start anew") from None
 
     def find(self, cell):
-        return next((c for c in self.cells if cell.items() <= {k: c[k] for k in cell}.items()), None)
+        return next((c for c in self.cells if all(k in c and c[k] == v for k, v in cell.items())), None)
 
     def add(self, cell):
         """Kept before anything else happens, whole or not at all."""
@@ -302,16 +302,18 @@ def main(argv):
             if lengths[0] < a.least(task):
                 raise UserError(f"lengths={config.lengths}: {lengths[0]} is too short for '{task}', whose needles, question "
                                 f"and answer alone are {a.least(task)} tokens of {a.reader.path}")
+    abouts = {name: a.reader.about() for name, (a, _) in runs.items()}
     results = Results(os.path.join(config.out_dir, 'needle.json'),
-                      {'evaluation': evaluation.sha256, **{name: a.sha256 for name, (a, _) in runs.items()}})
+                      {'evaluation': evaluation.sha256, **{name: about['sha256'] for name, about in abouts.items()}})
     grid = [{'task': task, 'model': name, 'length': length, 'depth': depth,
-             'samples': max(1, min(config.samples, config.cell_tokens // length))}
+             'samples': max(1, min(config.samples, config.cell_tokens // length)), 'dtype': abouts[name]['dtype'],
+             'device': abouts[name]['device'], 'block': BLOCK, 'slack': SLACK, 'scoring': SCORING}
             for length, task, depth, name in itertools.product(lengths, tasks, depths, runs)]
     todo = [cell for cell in grid if not results.find(cell)]
     try:
         with tqdm(total=sum(c['samples'] * c['length'] for c in todo), unit='tok', unit_scale=True, disable=not todo) as bar:
             for cell in todo:
-                task, name, length, depth, n = cell.values()
+                task, name, length, depth, n, *_ = cell.values()
                 bar.set_description(f"{task} {brief(length)} {depth}% {titles[name]}")
                 results.add(cell | score(runs[name][0], task, length, depth, n, runs[name][1], config.batch_size, bar.update))
     except KeyboardInterrupt:

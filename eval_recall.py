@@ -9,7 +9,7 @@ Every value is asked for; a value is recalled if it is the likeliest of all toke
 values the row has, and which were answers already, but not which is whose: the mean of 1 / n, 1 / (n - 1), ..., 1 for n pairs.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -81,8 +81,9 @@ def main(argv):
     readers = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
                for out_dir in config.out_dir.split(',')]
     for reader in readers:
-        if reader.content['provenance']['dataset'] != 'recall':
-            raise UserError(f"{reader.path} was trained on '{reader.content['provenance']['dataset']}', not on rows of recall")
+        if reader.content['provenance'].get('dataset') != 'recall':
+            raise UserError(f"{reader.path} was not trained on rows of recall; python prepare.py recall, and train on that")
+    models = [reader.about() for reader in readers]
     for reader in readers:
         for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
             name = os.path.dirname(reader.path) + ('' if update_memory else NEVER)
@@ -90,7 +91,7 @@ def main(argv):
             print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
     print('chance'.ljust(40) + ''.join(f'{100 * chance(n):10.1f}' for n in PAIRS))
     path = os.path.join(config.out_dir.split(',')[0], 'recall.json')
-    save_json(path, {'rows': config.rows, 'seed': config.seed, 'recalled': results}, indent=1)
+    save_json(path, {'config': asdict(config), 'models': models, 'recalled': results}, indent=1)
     draw(results, path.replace('.json', '.png'))
     print(f"wrote {path} and {path.replace('.json', '.png')}")
     return 0

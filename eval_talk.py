@@ -8,7 +8,7 @@ Some facts are told, other text follows, then each is asked for, and as many thi
 answer, greedy, to the letter. Beside it the same with the memory never written. talk.json and talk.png in out_dir.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,8 @@ class TalkConfig:
         numbers(self, 'gaps', 0)
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
 
 
 def read(reader, text, state, update_memory):
@@ -101,6 +103,7 @@ def main(argv):
     reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
     if reader.content['provenance'].get('dataset') != 'talk':
         raise UserError(f"{reader.path} was not trained to talk; python prepare.py talk, and train on that")
+    models = [reader.about()]
     other = read_text(config.other) if config.other else held_out(reference())[1]
     other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
     pyplot()  # before the work, if it is missing
@@ -117,8 +120,8 @@ def main(argv):
                     bar.update()
                 shares = (np.array(found).mean(0) / n).tolist()  # (gaps, 2)
                 results[str(n)][name] = [{'gap': g, 'right': r, 'unknown': u} for g, (r, u) in zip(gaps, shares, strict=True)]
-    path, about = os.path.join(config.out_dir, 'talk.json'), {'samples': config.samples, 'seed': config.seed}
-    save_json(path, about | {'step': reader.content['step'], 'facts': results}, indent=1)
+    path = os.path.join(config.out_dir, 'talk.json')
+    save_json(path, {'config': asdict(config), 'models': models, 'facts': results}, indent=1)
     print(f"{'':<32}" + ''.join(f"{brief(g) if g else '0':>20}" for g in gaps))
     for n, rows in results.items():
         for name, row in rows.items():

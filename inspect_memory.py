@@ -206,7 +206,7 @@ def main(argv):
     content, segment_len = read(reader, ids), options.segment_len if options.arch == 'mac' else 0
     ends, curves = windows(content, segment_len or options.chunk_len)
     sums = totals(reader, content, whole)
-    name = 'standard input' if config.text == '-' else os.path.basename(config.text)
+    name = 'standard input' if config.text == '-' else os.path.basename(os.fsencode(config.text)).decode(errors='replace')
     with beside(html) as partial, open(partial, 'w', encoding='utf-8', newline='') as f:
         f.write(inspect_page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len,
                                   options.chunk_len))

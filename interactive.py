@@ -17,7 +17,7 @@ import os
 import sys
 
 import memory_file
-from configurator import UserError, visible
+from configurator import UserError, typed, visible
 from recorder import record
 
 LAST = 64  # tokens that /surprise shows
@@ -52,7 +52,7 @@ def line_after(prompt):
     """A line that is typed; one from a pipe is shown as if it had been."""
     line = input(prompt)
     if not sys.stdin.isatty():
-        print(line.encode(errors='surrogateescape').decode(errors='replace'), flush=True)
+        print(typed(line, 'line'), flush=True)
     return line
 
 
@@ -69,6 +69,16 @@ def ask():
     if quoted:
         lines[-1] = lines[-1].partition('"""')[0]
     return '\n'.join(lines).strip('\n'), quoted
+
+
+def line_end(tokenizer):
+    """What ends a line for a model: nothing, if its tokenizer knows no line ends."""
+    try:
+        tokenizer.encode('\n')
+    except UserError:
+        note("this tokenizer has no line end: lines are heard without one, and --stop='\\n' ends no answer")
+        return ''
+    return '\n'
 
 
 class Commands:
@@ -151,6 +161,7 @@ def converse(chat, keep):
     if hasattr(sys.stdin, 'reconfigure'):  # bytes that are no text are passed on as they are
         sys.stdin.reconfigure(errors='surrogateescape')
     note("say something; /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits")
+    end = line_end(chat.tokenizer)
     recorded = record(chat.model) if chat.model.config.memory_blocks() else contextlib.nullcontext()
     with history(), recorded as seen:
         commands = Commands(chat, keep, seen)
@@ -170,7 +181,7 @@ def converse(chat, keep):
                     if commands(line):
                         return 0
                     continue
-                heard = chat.reader.encode(line[not quoted and line.startswith('//'):] + '\n')
+                heard = chat.reader.encode(typed(line[not quoted and line.startswith('//'):], 'line') + end)
                 commands.forget_trace()
                 commands.ids = chat.unread[0].tolist() + heard[0].tolist()
                 chat.hear(heard)

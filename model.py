@@ -915,6 +915,36 @@ class TitansGPT(nn.Module):
         """idx (B, T), the first the pos-th of its text -> (B, T, C)"""
         return self.wte(idx)
 
+    def check_arguments(self, idx, targets=None, state=None, weights=None, begins=None):
+        """ValueError if the arguments of forward() do not fit together. Only shapes and types are looked at, never numbers."""
+        def need(ok, name, expected, x):
+            if not ok:
+                given = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else x
+                raise ValueError(f"{name} must be {expected}, not {given}")
+        need(idx.dim() == 2 and idx.size(1) >= 1 and idx.dtype == torch.int64, 'idx',
+             "token ids, torch.int64 of shape (B, T), T at least 1", idx)
+        B, T = idx.shape
+        need(targets is None or (targets.shape == idx.shape and targets.dtype == torch.int64), 'targets',
+             f"torch.int64 of the shape of idx, {(B, T)}", targets)
+        need(weights is None or weights.shape == idx.shape, 'weights', f"of the shape of idx, {(B, T)}", weights)
+        for t, rows in (begins or {}).items():
+            need(0 <= t < T, 'begins', f"at tokens 0 to {T - 1} of idx", t)
+            need(rows.shape == (B,) and rows.dtype == torch.bool, f'begins[{t}]', f"torch.bool of shape ({B},)", rows)
+        if state is None:
+            return
+        need(len(state.blocks) == len(self.blocks), 'state', f"of {len(self.blocks)} blocks", len(state.blocks))
+        precision = self.wte.weight.dtype
+
+        def fits(x, autocast=False):
+            need(x.size(0) == B and (autocast or x.dtype == precision), 'state',
+                 f"of {B} rows in {precision}, as idx and the model are", f"of {x.size(0)} rows in {x.dtype}")
+        for block in state.blocks:
+            if block.kv is not None:
+                autocast = block.kv.k.dtype in (torch.bfloat16, torch.float16)  # keys are as narrow as autocast has them
+                fits(block.kv.k, autocast)
+            if block.memory is not None:
+                fits(block.memory.weights[0])
+
     def forward(self, idx, targets=None, state=None, update_memory=True, weights=None, begins=None):
         """
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
@@ -924,6 +954,7 @@ class TitansGPT(nn.Module):
         begins {t: rows (B,) bool}: the rows in which token t begins a new text. Nothing before it counts for them: an empty
         memory, no key in sight. t is where a segment begins (mac) or a chunk (the others), else ValueError.
         """
+        self.check_arguments(idx, targets, state, weights, begins)
         pos, before = (0, [None] * len(self.blocks)) if state is None else state
         x, blocks = self.drop(self.embed(idx, pos)), []
         for block, block_state in zip(self.blocks, before, strict=True):
@@ -962,8 +993,7 @@ class TitansGPT(nn.Module):
         those at least min_p times as likely as the likeliest; repetition_penalty (arXiv 1909.05858) > 1 makes the tokens of
         prompt and continuation less likely. Put the model in eval() first.
         """
-        if idx.size(1) < 1:
-            raise ValueError("the prompt is empty: generation needs at least one token to go on from")
+        self.check_arguments(idx, state=state)
         for piece in idx.split(self.config.block_size, dim=1):  # a long prompt needs no more memory than a training step
             logits, _, state = self(piece, state=state, update_memory=update_memory)
         seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
@@ -989,10 +1019,11 @@ def draw(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
     """One token a row from logits (B, vocab); seen (B, vocab) marks what the repetition penalty bears on. -> (B, 1)"""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
+        logits = torch.where(seen, penalised.nan_to_num(), logits)  # beyond all numbers: the last ones
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    limits = torch.finfo(logits.dtype)  # the likeliest at 0: however low the temperature, it stays finite and likeliest
+    logits = (logits - logits.max(-1, keepdim=True).values) / min(max(temperature, limits.tiny), limits.max)
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))

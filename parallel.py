@@ -31,7 +31,7 @@ def pick_device(name):
     kind, _, index = name.partition(':')
     if kind not in there or (index and not index.isdecimal()):
         raise UserError(f"device='{name}' must be auto, cuda, cuda:N, mps or cpu")
-    if not there[kind]():
+    if not there[kind]() or (kind == 'cuda' and int(index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device='{name}' is not there; --device=auto takes what is")
     return name
 

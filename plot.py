@@ -69,6 +69,9 @@ def pyplot():
 
 def save(figure, path):
     """A picture, whole or not at all. UserError if it cannot be written."""
+    for text in figure.findobj(pyplot().Text):  # the name of a run's folder may be no text
+        if not text.get_text().isprintable():
+            text.set_text(text.get_text().encode(errors='replace').decode())
     with beside(path) as partial:
         figure.savefig(partial, dpi=150, format='png')
     pyplot().close(figure)

@@ -377,6 +377,8 @@ def main(argv):
                         ('shard_tokens', 1)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+    if config.block_size > 2 ** 24:
+        raise UserError(f"block_size={config.block_size} must be at most {2 ** 24}")
     if config.name != 'text' and names[0] != 'text':
         raise UserError(f"--name is for text; {names[0]} has its own")
     if not re.fullmatch(r'\w[\w-]*', config.name) or config.name in (*NAMES, 'downloads'):

@@ -19,6 +19,7 @@ and pipes get the exact text.
 """
 import codecs
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -86,7 +87,7 @@ class SampleConfig:
             raise ValueError(f"num_samples={self.num_samples}: a memory and a conversation go on from one sample; give 1")
 
     def stops(self):
-        return [text.replace('\\n', '\n') for text in self.stop.split('|') if text]
+        return [text.replace('\\n', '\n') for text in configurator.typed(self.stop, 'stop').split('|') if text]
 
 
 def read_prompt(text):
@@ -94,7 +95,7 @@ def read_prompt(text):
         return read_text(text.removeprefix('FILE:'), 'prompt')
     if not text:
         raise UserError("the prompt is empty; give at least one character with --prompt=")
-    return text
+    return configurator.typed(text, 'prompt')
 
 
 def say(text, end='\n'):
@@ -113,8 +114,18 @@ class Reader:
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise UserError(f"{path}: its tokenizer has {self.tokenizer.vocab_size} tokens, its model knows "
                             f"{self.model.config.vocab_size}")
-        dtype = pick_dtype(dtype, self.device)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def about(self):
+        """
+        Which model it is, and in which arithmetic: what an evaluation's numbers depend on, to be kept beside them. To be asked
+        before the work: a run that goes on puts another checkpoint into this one's place.
+        """
+        with open(self.path, 'rb') as f:
+            sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+        return {'checkpoint': self.path, 'step': self.content['step'], 'sha256': sha256,
+                'dtype': str(self.dtype).removeprefix('torch.'), 'device': self.device.type}
 
     def encode(self, text):
         """-> ids (1, T)"""

@@ -1,6 +1,7 @@
 """What a user types, and what comes back: one clear line for every mistake, and nothing half-written."""
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
@@ -13,16 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import checkpoint
 import configurator
+import eval_learning
+import eval_needle
+import eval_recall
+import eval_talk
 import plot
 import prepare
 import sample
 import train
 from configurator import UserError
-from dataset import NAMES, Dataset, Tokenizer
+from dataset import NAMES, Dataset, Tokenizer, read_text
 from model import BLOCKS, TitansConfig
 from needle import held_out, reference
+from parallel import pick_device
 
 HERE = Path(__file__).resolve().parent.parent
 TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(300))
@@ -72,6 +79,9 @@ def refused(main, *argv):
     ('--device=cpu:x', ("device='cpu:x'",)),
     ('--reset_prob=2', ('reset_prob=2.0',)),
     ('config/no_such.py', ('config/no_such.py: no such config file',)),
+    ('--seed=9223372036854775808', ('seed must be between -9223372036854775807 and',)),
+    (f"--n_layer={'9' * 400}", ('n_layer must be between',)),
+    ('--learning_rate=1e300', ('learning_rate', 'float', '1e+300')),
 ])
 def test_a_wrong_flag_gets_one_line(flag, words):
     message = refused(train.main, *flag.split())
@@ -84,6 +94,9 @@ def test_a_wrong_flag_gets_one_line(flag, words):
     ('compile = 1', ('compile must be a value of type bool',)),
     ('n_layer = 1 +', ('line 1', 'SyntaxError')),
     ('\nn_layer = 1 / 0', ('line 2', 'ZeroDivisionError')),
+    ('seed = 10 ** 5000', ('seed must be between',)),
+    ('learning_rate = 10 ** 400', ('learning_rate must be between',)),
+    ('learning_rate = float("nan")', ('learning_rate', 'nan')),
 ])
 def test_a_wrong_config_file_gets_one_line(tmp_path, source, words):
     path = tmp_path / 'c.py'
@@ -124,6 +137,95 @@ def test_print_config_and_help_exit_zero(capsys):
         with pytest.raises(SystemExit) as end:
             train.main([flag])
         assert not end.value.code and words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('seed', ['-1', '18446744073709551616'])
+@pytest.mark.parametrize('config', [train.TrainConfig, sample.SampleConfig, eval_talk.TalkConfig, eval_learning.LearningConfig,
+                                    eval_recall.RecallConfig], ids=lambda c: c.__name__)
+def test_a_seed_is_one_that_every_generator_takes(config, seed):
+    assert 'seed' in refused(lambda argv: configurator.load(config, argv), f'--seed={seed}')
+
+
+@pytest.mark.parametrize('config, flag, words', [
+    (bench.BenchConfig, '--gpus=0', 'gpus=0 must be at least 1'),
+    (bench.BenchConfig, '--gpu_flops=0', 'gpu_flops=0.0 must be above 0'),
+    (bench.BenchConfig, '--threads=100000', 'threads=100000 must be at most 1024'),
+    (bench.BenchConfig, '--sizes=1x99999999999999999999', 'sizes=1x99999999999999999999 must be rows x tokens'),
+    (eval_talk.TalkConfig, '--gaps=99999999999999999999', "gaps='99999999999999999999' must be at least 0 and at most"),
+    (eval_needle.NeedleConfig, '--lengths=99999999999999999999', 'must be at least 1 and at most'),
+])
+def test_numbers_that_no_machine_can_do(config, flag, words):
+    assert words in refused(lambda argv: configurator.load(config, argv), flag)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert pick_device('cuda') == 'cuda' and pick_device('cuda:0') == 'cuda:0'
+    assert "device='cuda:1' is not there" in refused(lambda argv: pick_device(*argv), 'cuda:1')
+
+
+def test_a_text_that_is_shorter_than_asked_for_is_read(place):
+    """However much is asked for: no memory is taken for what is not there."""
+    assert read_text('a.txt', most=2 ** 62) == TEXT
+
+
+# -- what comes out
+
+
+def outcome(monkeypatch, main, *argv):
+    """What configurator.run makes of main at a terminal that knows ASCII alone. -> exit status, what is printed"""
+    streams = [io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict', write_through=True) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', streams[0])
+        patch.setattr(sys, 'stderr', streams[1])
+        patch.setattr(sys, 'argv', ['script.py', *argv])
+        with pytest.raises(SystemExit) as end:
+            configurator.run(main)
+    return end.value.code, *(stream.buffer.getvalue().decode() for stream in streams)
+
+
+def test_what_a_terminal_does_not_know_comes_out_escaped(place, monkeypatch):
+    """Text, and the bytes of a file's name that are no text."""
+    assert outcome(monkeypatch, lambda argv: print('d\u00e9 \udcff')) == (None, 'd\\xe9 \\udcff\n', '')
+    os.rename('a.txt', b'\xff.txt')
+    status, out, _ = outcome(monkeypatch, prepare.main, 'text', '--train_path=\udcff.txt', '--data_dir=\udcff')
+    assert status is None and out.startswith('\\udcff/text: ')
+    status, _, err = outcome(monkeypatch, prepare.main, 'text', '--train_path=FILE:\udcff')
+    assert (status, err) == (1, 'script.py: FILE:\\udcff: No such file or directory\n')
+
+
+def test_what_was_typed_is_utf8_whatever_the_locale():
+    """A locale of ASCII leaves the bytes of a character as surrogates; what is no character keeps its byte."""
+    assert sample.read_prompt('d\udcc3\udca9\udcff') == 'd\u00e9\udcff'
+    assert sample.SampleConfig(stop='\udcc3\udca9|\u00e9').stops() == ['\u00e9', '\u00e9']
+    assert Tokenizer({'kind': 'byte'}).encode(sample.read_prompt('d\udcc3\udca9\udcff')) == [*'d\u00e9'.encode(), 255]
+    assert 'prompt is not text' in refused(lambda argv: sample.read_prompt(*argv), '\ud800')
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\nMore'),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), OverflowError('too large')])
+def test_too_little_memory_is_one_line(monkeypatch, error):
+    def fail(argv):
+        raise error
+    status, out, err = outcome(monkeypatch, fail)
+    assert (status, out) == (1, '') and err.startswith('script.py: not enough memory') and err.count('\n') == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise RuntimeError('a shape is wrong')
+    with pytest.raises(RuntimeError):
+        outcome(monkeypatch, fail)
+
+
+def test_a_picture_can_name_what_is_no_text(tmp_path):
+    plt = pytest.importorskip('matplotlib.pyplot')
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], label='run \udcff')
+    axes.legend()
+    plot.save(figure, str(tmp_path / 'a.png'))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['run ?']
 
 
 def test_a_script_prints_the_line_and_fails():
@@ -233,6 +335,7 @@ def test_tokenizers_stream_whole_characters():
     (('talk', '--haystack=empty'), ('empty: the text is empty',)), (('talk', '--haystack=b.txt'), ('b.txt is too short',)),
     (('stdlib', '--source=empty_folder'), ('no Python source',)),
     (('text', '--train_path=a.txt', '--tokenizer=words'), ('tokenizer must be one of',)),
+    (('needle', '--block_size=99999999'), ('block_size=99999999 must be at most 16777216',)),
 ])
 def test_prepare_refuses(place, argv, words):
     (place / 'binary').write_bytes(b'\xff\xfe\x00')
@@ -471,6 +574,7 @@ def test_interactive_carries_the_state(trained):
     (('--prompt=',), ('the prompt is empty',)),
     (('--prompt=def\u00e9',), ("lacks '\u00e9'", 'character 4')),
     (('--prompt=FILE:none',), ('none: No such file',)),
+    (('--prompt=FILE:',), ("'': No such file",)),
     (('--out_dir=none',), ('no such checkpoint', '--out_dir=')),
     (('--temperature=-1',), ('temperature=-1.0',)),
     (('--top_p=0',), ('top_p=0.0',)),

@@ -469,6 +469,20 @@ def test_lines_of_several_and_answers_kept(here, monkeypatch, capsys):
     assert saved == [28, 28 + 24 + 5, 57 + 2 + 5, 64]  # each but for the token said last, and once more at the end
 
 
+def test_a_tokenizer_without_line_ends(here, monkeypatch, capsys):
+    """A line is heard without its end, and this is said once."""
+    content = checkpoint.load('mac/ckpt.pt')
+    chars = content['tokenizer']['chars'].replace('\n', '~')
+    os.mkdir('flat')
+    checkpoint.save('flat/ckpt.pt', content | {'tokenizer': {'kind': 'char', 'chars': chars}})
+    heard, hear = [], Conversation.hear
+    monkeypatch.setattr(Conversation, 'hear', lambda self, idx: heard.append(self.tokenizer.decode(idx[0])) or hear(self, idx))
+    said = converse(monkeypatch, capsys, 'def\nreturn\nde\udcc3\udca9', '--out_dir=flat', '--stop=\\n')
+    assert heard == ['def', 'return'] and said.err.count('this tokenizer has no line end') == 1
+    assert "lacks '\u00e9'" in said.err
+    assert 'has no line end' not in converse(monkeypatch, capsys, 'def').err
+
+
 def test_interrupted_answers_go_on(here, monkeypatch, capsys):
     """Ctrl-C in an answer stops it, keeps what was said, and the conversation goes on."""
     tokens = Conversation.tokens

@@ -191,6 +191,12 @@ def test_curves_by_windows():
     assert curves['read'].tolist() == [[1.5, 5.5, 8.5]] and curves['nats won'].tolist() == [[1, 1, 1]]
 
 
+def test_a_name_that_is_no_text_is_shown(place):
+    (place / os.fsdecode(b'a\xff.txt')).write_text('some text')
+    assert inspect('--text=' + os.fsdecode(b'a\xff.txt')) == 0
+    assert '<title>a\ufffd.txt' in (place / 'out' / 'memory.html').read_text(encoding='utf-8')
+
+
 def test_a_long_text_is_cut_and_pictures_are_drawn(place, capsys):
     pytest.importorskip('matplotlib')
     (place / 'a.txt').write_text('ab' * 40 + 'é')

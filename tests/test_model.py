@@ -188,6 +188,64 @@ def test_sampling_filters():
     assert drawn(temperature=0, repetition_penalty=2.0) == {1}
 
 
+@pytest.mark.parametrize('options, want', [
+    ({'temperature': 1e-40}, 1), ({'temperature': 5e-324}, 1), ({'temperature': 1e-40, 'top_p': 1e-320, 'min_p': 1e-320}, 1),
+    ({'temperature': 1e-40, 'repetition_penalty': 1e300}, 2), ({'temperature': 1e-40, 'repetition_penalty': 1e-300}, 1),
+])
+def test_options_at_their_ends_are_their_limits(options, want):
+    """Low temperature: greedy; a high penalty: whatever was not seen; a low one: what was."""
+    logits, seen = torch.tensor([[0.0, 4.0, 3.0, -1.0]]), torch.tensor([[True, True, False, True]])
+    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0} | options
+    assert {draw(logits, seen, **options).item() for _ in range(20)} == {want}
+
+
+@pytest.mark.parametrize('options', [{'temperature': 1e300}, {'repetition_penalty': 1e300, 'temperature': 1e300},
+                                     {'repetition_penalty': 1e300}, {'repetition_penalty': 1e-300}])
+def test_a_token_comes_whatever_the_options(options):
+    """Also where a penalty falls on every token, likely or not."""
+    options = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0} | options
+    for logits in ([4.0, 0.0, -1.0], [-1.0, -2.0, -3.0]):
+        assert draw(torch.tensor([logits]), torch.ones(1, 3, dtype=torch.bool), **options).item() in range(3)
+
+
+@pytest.mark.parametrize('given, words', [
+    (lambda: {'idx': tokens(2, 0)}, ('idx must be', 'T at least 1', '(2, 0)')),
+    (lambda: {'idx': tokens(2, 5)[0]}, ('idx must be', '(B, T)', '(5,)')),
+    (lambda: {'idx': tokens(2, 5).float()}, ('idx must be', 'torch.int64', 'torch.float32')),
+    (lambda: {'idx': tokens(2, 5).int()}, ('idx must be', 'torch.int64', 'torch.int32')),
+    (lambda: {'targets': tokens(2, 4)}, ('targets must be', '(2, 5)', '(2, 4)')),
+    (lambda: {'targets': tokens(2, 5).float()}, ('targets must be', 'torch.int64', 'torch.float32')),
+    (lambda: {'targets': tokens(2, 5), 'weights': torch.ones(5)}, ('weights must be', '(2, 5)', '(5,)')),
+    (lambda: {'begins': {5: torch.ones(2, dtype=torch.bool)}}, ('begins must be', '0 to 4', 'not 5')),
+    (lambda: {'begins': {-1: torch.ones(2, dtype=torch.bool)}}, ('begins must be', '0 to 4', 'not -1')),
+    (lambda: {'begins': {0: torch.ones(3, dtype=torch.bool)}}, ('begins[0] must be', '(2,)', '(3,)')),
+])
+@pytest.mark.parametrize('variant', ['mac', 'gpt'])
+def test_arguments_that_do_not_fit_are_one_line(variant, given, words):
+    with pytest.raises(ValueError) as error:
+        build(variant)(**{'idx': tokens(2, 5)} | given())
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('variant', ['mac', 'mag', 'mal', 'lmm', 'gpt'])
+def test_a_state_of_other_rows_or_precision_is_refused(variant):
+    """In forward and in generation; keys that autocast left narrower do go on."""
+    model, idx = build(variant, torch.float32), tokens(2, 5)
+    for state, words in ((model(tokens(3, 5))[2], ('of 2 rows', 'of 3 rows')),
+                         (build(variant)(idx)[2], ('in torch.float32', 'in torch.float64')),
+                         (build(variant, torch.float32, n_layer=1)(idx)[2], ('of 2 blocks', 'not 1'))):
+        for act in lambda s: model(idx, state=s), lambda s: model.generate(idx, 3, state=s):
+            with pytest.raises(ValueError) as error:
+                act(state)
+            assert all(word in str(error.value) for word in ('state must be', *words)), error.value
+    with torch.autocast('cpu', torch.bfloat16):
+        state = model(idx)[2]
+    assert model(idx, state=state)[2].pos == 10
+    for wrong in idx[:, :0], idx[0]:
+        with pytest.raises(ValueError, match='idx must be'):
+            model.generate(wrong, 3)
+
+
 @every_variant
 def test_every_parameter_gets_a_gradient(variant):
     """After one backward over four segments, from the initialisation as it is."""

@@ -224,6 +224,28 @@ def test_grid_is_kept_extended_and_drawn(here, capsys, monkeypatch):
     assert json.load(open('out/word/needle.json'))['cells'][:12] == first['cells']
 
 
+def test_a_cell_is_found_only_as_it_was_made(here, monkeypatch):
+    """Another dtype, other constants, or a file that does not say: the cell is made again, and those of before are kept."""
+    pytest.importorskip('matplotlib')
+    calls, one = [], ('--lengths=96', '--depths=0', '--control=False')
+    monkeypatch.setattr(eval_needle, 'score', lambda *args: calls.append(1) or {'right': 1, 'accuracy': 1.0})
+    for flags, made in ((), 1), ((), 0), (('--dtype=bfloat16',), 1), (('--dtype=float32',), 0), (('--dtype=bfloat16',), 0):
+        calls.clear()
+        assert evaluate(*one, *flags) == 0 and len(calls) == made
+    for constant in 'BLOCK', 'SLACK', 'SCORING':
+        monkeypatch.setattr(eval_needle, constant, 7)
+        calls.clear()
+        assert evaluate(*one) == 0 and len(calls) == 1
+    content = json.load(open('out/word/needle.json'))
+    assert len(content['cells']) == 5
+    old = 'task', 'model', 'length', 'depth', 'samples', 'accuracy'
+    content['cells'] = [{k: c[k] for k in old} for c in content['cells']]
+    json.dump(content, open('out/word/needle.json', 'w'))
+    calls.clear()
+    assert evaluate(*one) == 0 and len(calls) == 1
+    assert len(json.load(open('out/word/needle.json'))['cells']) == 6
+
+
 def test_ctrl_c_keeps_finished_cells_and_another_checkpoint_starts_anew(here, monkeypatch):
     done, real = [], eval_needle.score
 
@@ -308,6 +330,7 @@ def test_context_curve_is_the_mean_loss_of_its_positions(here, capsys):
     prepare.main(['text', '--train_path=tale.txt'])
     assert eval_context.main(['--out_dir=out/byte', '--dataset=text', '--length=2048', '--rows=2', '--device=cpu']) == 0
     content = json.load(open('out/byte/context.json'))
+    assert content['config']['rows'] == 2 and content['models']['memory on']['dtype'] == 'float32'
     assert set(content['loss']) == {'memory on', 'memory off'} and os.path.getsize('out/byte/context.png') > 5000
     reader = eval_context.Reader('out/byte/ckpt.pt', 'cpu', 'float32')
     data = Dataset('data', 'text')

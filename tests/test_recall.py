@@ -1,5 +1,7 @@
 """Rows of pairs, and the count of those recalled."""
+import hashlib
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,10 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
     assert lines[5].split() == ['chance', '52.1', '34.0', '21.1', '12.7']
     assert Path('a/recall.png').read_bytes()[:4] == b'\x89PNG'
     content = json.loads(Path('a/recall.json').read_text())
+    assert content['config']['rows'] == 4 and len(content['models']) == 2
+    assert {k: v for k, v in content['models'][0].items() if k != 'sha256'} == {'checkpoint': 'a/ckpt.pt', 'step': 1,
+                                                                                'dtype': 'float32', 'device': 'cpu'}
+    assert content['models'][0]['sha256'] == hashlib.sha256(Path('a/ckpt.pt').read_bytes()).hexdigest()
     assert set(content['recalled']) == {'a', 'a, never written'} and all(0 <= p <= 1 for p in content['recalled']['a'].values())
 
     class Knows:  # what a perfect memory would say
@@ -57,3 +63,11 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
     for argv, words in (('--rows=0',), 'rows=0'), (('--seed=-1',), 'seed=-1'), (('--out_dir=none',), 'no such checkpoint'):
         with pytest.raises(UserError, match=words):
             eval_recall.main(list(argv))
+
+
+@pytest.mark.parametrize('provenance', [{}, {'dataset': 'text'}])
+def test_a_checkpoint_that_says_nothing_of_its_data_is_refused(monkeypatch, provenance):
+    found = types.SimpleNamespace(path='x.pt', content={'provenance': provenance})
+    monkeypatch.setattr(eval_recall, 'Reader', lambda *_: found)
+    with pytest.raises(UserError, match='x.pt was not trained on rows of recall'):
+        eval_recall.main([])

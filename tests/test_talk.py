@@ -116,6 +116,7 @@ def test_learning_measures_what_it_says(model, capsys):
     assert eval_learning.main(learning(model, f'--baseline={model}/gpt')) == 0
     found = json.loads((model / 'mac' / 'learning.json').read_text())
     assert (model / 'mac' / 'learning.png').read_bytes()[:4] == b'\x89PNG'
+    assert found['config']['times'] == 3 and [(m['step'], m['dtype']) for m in found['models']] == [(2, 'float32')] * 2
     reader = Reader(str(model / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     phrase = Phrase(found['phrases'][0], 3, reader)
     assert phrase.given == ' '.join(phrase.text.split()[:3]) == found['given'][0]
@@ -179,7 +180,9 @@ def test_talk_asks_for_what_it_told(model, monkeypatch):
     for slip, right in ('', 1), ('s', 0):
         end.append(slip)
         assert eval_talk.main([f'--out_dir={model}/mac', '--device=cpu', '--facts=4', '--gaps=0,30', '--samples=2']) == 0
-        for rows in json.loads((model / 'mac' / 'talk.json').read_text())['facts']['4'].values():
+        found = json.loads((model / 'mac' / 'talk.json').read_text())
+        assert found['config']['seed'] == 1337 and found['models'][0]['dtype'] == 'float32'
+        for rows in found['facts']['4'].values():
             assert [(r['gap'], r['right'], r['unknown']) for r in rows] == [(0, right, 1), (30, right, 1)]
     assert sizes == ([0] * 8 + [30] * 8) * 8
 
