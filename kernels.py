@@ -24,21 +24,20 @@ class Forgetful:
 
 
 def by_hand(function):
-    """An autograd.Function as a plain function: no autocast reaches its backward, and without grad there is none to prepare."""
+    """
+    An autograd.Function as a plain function: no autocast reaches its backward, and without grad there is none to prepare. Its
+    backward has no backward of its own, so create_graph=True raises a RuntimeError. (PyTorch's once_differentiable lets some
+    second derivatives through, without what goes through here.)
+    """
     backward = function.backward
 
     @functools.wraps(backward)
-    def full_precision(ctx, *grads):
+    def once(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(f"{function.__name__} can be differentiated once: create_graph=True is not supported")
         with torch.autocast(grads[0].device.type, enabled=False):
             return backward(ctx, *grads)
-    once = torch.autograd.function.once_differentiable(full_precision)
-
-    @functools.wraps(backward)
-    def raises_if_differentiated(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True: PyTorch alone raises only for incoming gradients that require one
-            grads = [g if g.requires_grad else g.detach().requires_grad_() for g in grads]
-        return once(ctx, *grads)
-    function.backward = staticmethod(raises_if_differentiated)
+    function.backward = staticmethod(once)
 
     @functools.wraps(function, updated=())
     def call(*args):

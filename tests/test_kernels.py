@@ -69,6 +69,30 @@ def test_piece_is_its_formula(piece):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('piece', PIECES)
+def test_a_second_derivative_raises(piece):
+    fast, _, draw = PIECES[piece]
+    inputs = draw()
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    with pytest.raises(RuntimeError, match='differentiated once'):
+        torch.autograd.grad(fast(*inputs).sum(), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_norms_of_half_precision_are_computed_in_float32(dtype, tolerance):
+    """Value and gradients of a stream whose squares float16 cannot hold, against float32."""
+    torch.manual_seed(0)
+    x, weight, g = (300 * torch.randn(4, 128)).to(dtype), torch.rand(128).to(dtype), torch.randn(4, 128).to(dtype)
+    found = []
+    for a, w, to in (x, weight, g), (x.float(), weight.float(), g.float()):
+        leaves = [a.clone().requires_grad_(), w.clone().requires_grad_()]
+        y = kernels.rms_norm(*leaves, 1e-6)
+        found.append([y, *torch.autograd.grad(y, leaves, to)])
+    for low, exact in zip(*found, strict=True):
+        assert low.dtype == dtype and exact.any()
+        torch.testing.assert_close(low.float(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
 @pytest.mark.parametrize('stable', [True, False])
 @pytest.mark.parametrize('depth', [1, 2, 3])
 def test_chunk_is_its_tokens_one_by_one(depth, stable):

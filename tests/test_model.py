@@ -1,11 +1,14 @@
 """What every architecture promises: exact, causal, cut anywhere, honest in generation."""
+import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from model import TitansConfig, TitansGPT, detach_state, draw, map_state
+from model import TitansConfig, TitansGPT, detach_state, draw, map_state, rotary
 
 SEGMENT, CHUNK = 8, 4
 VARIANTS = {
@@ -84,6 +87,79 @@ def test_compiled_steps_are_the_same(variant, monkeypatch):
     model.compile_steps()
     for a, b in zip(loss_and_gradients(model, idx), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'gpt', 'lmm'])
+def test_no_second_derivative_is_silently_wrong(variant):
+    """A gradient penalty, or a Hessian, would need what backwards by hand do not have."""
+    model, idx = build(variant), tokens(2, SEGMENT + 3)
+    with pytest.raises(RuntimeError, match='differentiated once'):
+        torch.autograd.grad(model(idx, idx)[1], list(model.parameters()), create_graph=True)
+
+
+def test_a_copy_of_a_compiled_model_is_its_own(monkeypatch):
+    """An average of the weights, say, or what pickle brings back, runs its own weights, not those of the model it came from."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, **more: compile_(f, backend='aot_eager', **more))
+    for variant in 'mac', 'mag':
+        model, idx = build(variant), tokens(2, SEGMENT)
+        want = all_logits(model, idx)
+        model.compile_steps()
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        for copied in copies:
+            torch.testing.assert_close(all_logits(copied, idx), want, rtol=1e-10, atol=1e-10)
+
+
+def test_real_forwards_after_traced_ones():
+    """Tables of angles that torch.export or FakeTensorMode has asked for first are not kept."""
+    model, idx = build('mac', torch.float32, n_head=1, segment_len=12, n_embd=20), tokens(1, 12)
+    with FakeTensorMode():
+        rotary(12, 20, torch.float32, torch.device('cpu'))
+    want = all_logits(model, idx)
+    assert type(want) is torch.Tensor and want.isfinite().all()
+    with FakeTensorMode():
+        assert isinstance(rotary(12, 20, torch.float32, torch.device('cpu'))[0], FakeTensor)
+    model = build('mag', torch.float32, n_head=1, window_len=11, n_embd=20)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, idx):
+            return self.model(idx)[0]
+    exported = torch.export.export(Logits(), (idx,)).module()
+    torch.testing.assert_close(model(idx)[0], exported(idx))
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize('variant', ['mac', 'mac deep', 'mag', 'mal', 'lmm', 'gpt'])
+def test_half_weights_are_float32_but_for_their_rounding(variant, dtype, tolerance):
+    """Logits, loss and memory of a model in half precision, against the same weights in float32, over many chunks."""
+    low = build(variant, torch.float32, shake=0.05, n_embd=64).to(dtype)
+    exact, idx = copy.deepcopy(low).float(), tokens(2, 8 * SEGMENT)
+    (a, loss, state), (b, want, exact_state) = (model(idx, idx) for model in (low, exact))
+    assert a.dtype == dtype and (a.float() - b).abs().max() < tolerance * b.abs().max() and abs(loss - want) < tolerance
+    for block, other in zip(state.blocks, exact_state.blocks, strict=True):
+        if block.memory is not None:
+            for m, w in zip(block.memory.weights, other.memory.weights, strict=True):
+                assert m.dtype == torch.float32 and (m - w).norm() < 5 * tolerance * w.norm()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in low.parameters())
+
+
+def test_a_bfloat16_memory_forgets_little_by_little():
+    """With alpha 0.002 a memory halves in 346 tokens; 1 - 0.002 in bfloat16 is 1."""
+    module = build('lmm', torch.float32, shake=0, n_embd=32, memory_gates='fixed', memory_decay=0.002, memory_lr=0.0,
+                   memory_momentum=0.0).blocks[0].memory.to(torch.bfloat16)
+    state = module.init_state(1)
+    state = state._replace(weights=tuple(torch.ones_like(w) for w in state.weights))
+    after = module(torch.randn(1, 346, 32, dtype=torch.bfloat16), state)[1]
+    for w in after.weights:
+        torch.testing.assert_close(w, torch.full_like(w, 0.998 ** 346), rtol=1e-4, atol=0)
 
 
 def test_training_after_inference():
