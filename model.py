@@ -68,7 +68,7 @@ class TitansConfig:
     memory_momentum: float = 0.5   # where eta starts; 0 = no momentum at all
     memory_decay: float = 0.001    # where alpha starts: half of the memory is gone after ln 2 / alpha tokens
     memory_layers: str = 'all'  # blocks that have a memory: 'all', 'none' or a list such as '0,2'
-    memory_stable: bool = True  # clip each token's error, bound each chunk's step: no divergence whatever the gates do
+    memory_stable: bool = True  # clip each token's error, bound its step as if eta stayed what it is at that token
 
     def __post_init__(self):
         if self.arch not in BLOCKS:
@@ -161,7 +161,7 @@ class Pending(NamedTuple):
     """The tokens of an open chunk, N of them: already written, but still of account for how far the next may step."""
     inputs: tuple     # what each memory layer saw of the keys      (B, H, N, in) a layer
     deltas: tuple     # what came back to its output side           (B, H, N, out) a layer
-    rate: torch.Tensor   # what a step comes to with its momentum, theta / (1 - eta)   (B, H, N)
+    rate: torch.Tensor   # what a step comes to if eta stays as it is, theta / (1 - eta)   (B, H, N)
 
 
 class MemoryState(NamedTuple):
@@ -415,7 +415,9 @@ class NeuralMemory(CompiledMethods):
         """
         theta (B, H, n) of the last tokens of pending; with memory_stable divided by max(1, 2 sum_{j <= i} rate_j |g_i . g_j|),
         a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
-        length), which keeps the whole step a contraction however alike the keys are.   (B, H, n)
+        length). rate_j is theta_j / (1 - eta_j), with the token's own eta: while eta stays the same in a chunk the whole step
+        is a contraction, however alike the keys are. An eta that grows carries a step further: the same key 64 times, with
+        theta 0.5, 0, 0, ... and eta 0, 1, 1, ..., takes its error from 1 to 63.   (B, H, n)
         """
         if self.limit == math.inf:
             return theta

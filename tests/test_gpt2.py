@@ -235,7 +235,7 @@ def test_a_damaged_shape_is_none():
     ('--arch=lmm', ("arch='lmm' has no attention", 'give --arch=mac, mag, mal or gpt')),
     ('--segment_len=32', ('knows 24 positions', 'lower segment_len to at most 24')),
     ('--arch=gpt --block_size=16 --freeze_backbone', ('freeze_backbone=True', 'nothing was added')),
-    ('--arch=mag --carry_state --block_size=24', ('block_size=24', 'chunk_len and window_len, which is=16', 'block_size=32')),
+    ('--arch=mag --carry_state --block_size=24', ('block_size=24', 'of 16, where mag can begin', 'block_size=32')),
     ('--memory_heads=3', ('n_embd=16', 'memory_heads=3', "are GPT-2's")),
     ('--init_from=gpt2-larg', ("init_from='gpt2-larg'", "did you mean 'gpt2-large'?")),
     ('--init_from=rsume', ("init_from='rsume'", "did you mean 'resume'?")),

@@ -82,6 +82,18 @@ def cut(module, state, x):
     return x.split(pieces(state.pending.rate.size(-1), x.size(2), module.chunk_len), dim=2)
 
 
+def test_what_the_bound_does_not_bound():
+    """The worst case that NeuralMemory.step_size names: one key, a step, then etas of 1 that carry it on for 63 tokens."""
+    module, one_hot = memory(64), torch.eye(D, dtype=torch.float64).expand(B, H, D, D)
+    k, v = (one_hot[:, :, i:i + 1].expand(-1, -1, 64, -1) for i in (0, 1))
+    first = torch.zeros(B, H, 64, dtype=torch.float64)
+    first[..., 0] = 1
+    state = module.init_state(B)
+    state = state._replace(weights=(torch.zeros_like(state.weights[0]),), begin=(torch.zeros_like(state.weights[0]),))
+    y, _ = module.write(state, k, k, v, (0.5 * first, 1 - first, 0 * first))
+    torch.testing.assert_close((y - v).norm(dim=-1)[0, 0], torch.arange(64, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize('depth', [1, 2])
 def test_alone_in_pieces_and_retrieve(depth):
     """NeuralMemory as a layer of its own: pieces = whole; retrieve reads what forward would, and changes nothing."""

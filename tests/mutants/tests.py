@@ -5,12 +5,14 @@ import sys
 
 # What pytest is given: the sharpest first, since the first failure ends it; without what takes long and notices no more.
 TESTS = {
-    'model.py': "test_oracles.py test_memory.py test_model.py -k 'not compiled and not 32k'",
+    'model.py': "test_oracles.py test_memory.py test_training.py test_model.py -k 'not compiled and not 32k'",
     'kernels.py': "test_kernels.py test_oracles.py test_memory.py",
-    'train.py': "test_train.py test_parallel.py test_cli.py -k '(test_train and not no_nan and not canary and not interrupt)"
+    'train.py': "test_training.py test_train.py test_parallel.py test_cli.py"
+                " -k '(test_train and not no_nan and not canary and not interrupt)"
                 " or doc_reset or carried_document or wrong_flag or not_use or where_a_run or foreign or eval_only"
                 " or other_data or unprepared'",
-    'dataset.py': "test_data.py test_train.py test_parallel.py test_cli.py -k 'bit_is_found or contiguous or weighted"
+    'dataset.py': "test_data.py test_seeds.py test_train.py test_parallel.py test_cli.py"
+                  " -k 'test_seeds or bit_is_found or contiguous or weighted"
                   " or documents or damaged_data or decode or characters or unprepared or prepare_text or prepare_refuses"
                   " or resume_continues'",
     'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
