@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from configurator import UserError
-from model import map_state
+from model import TitansConfig, map_state
 
 FORMAT = 2  # 1: other contents could have the same sum
 
@@ -44,7 +44,9 @@ def digest(content):
 def model_of(content):
     """Whose memory it is: what a checkpoint's content says of its model, and a sum over all that a state depends on."""
     config = content['model_config']
-    shape = {name: config[name] for name in ('arch', 'n_layer', 'n_embd', 'memory_heads', 'memory_depth', 'chunk_len')}
+    options = TitansConfig(**config)  # a checkpoint from before an option does not name it
+    names = ('arch', 'n_layer', 'n_embd', 'memory_heads', 'memory_depth', 'chunk_len')
+    shape = {name: getattr(options, name) for name in names}
     free = ('dropout', 'checkpoint_segments')  # a state does not depend on these
     rest = {name: value for name, value in sorted(config.items()) if name not in free}
     return shape | {'step': content['step'], 'sha256': digest([rest, content['tokenizer'], content['model']])}
@@ -109,8 +111,9 @@ def check_place(path, model=None):
     `model` also if it would replace the memory of another one.
     """
     folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{path}: {'that is a folder' if os.path.isdir(path) else f'cannot write into {folder}'}")
+    is_folder = os.path.isdir(path) or path.endswith(os.sep)
+    if is_folder or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: {'that is a folder' if is_folder else f'cannot write into {folder}'}")
     if os.path.exists(path):
         content = checkpoint.read(path, 'memory file', '; remove it, or give another name')
         if not isinstance(content, dict) or 'memory' not in content:

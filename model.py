@@ -117,8 +117,8 @@ class TitansConfig:
         if blocks and not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
             raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
         for name, least in ('n_head', 2), ('memory_heads', 1):
-            heads, fits = getattr(self, name), [h for h in range(1, C + 1) if C % (h * least) == 0]
-            if heads not in fits and name not in self.unused():
+            heads, fits = getattr(self, name), [h for h in range(1, min(C, 1024) + 1) if C % (h * least) == 0]
+            if C % (heads * least) and name not in self.unused():
                 raise ValueError(f"n_embd={C} must be a multiple of {name}={heads}" + (
                     ", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
                     + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
@@ -936,16 +936,13 @@ class TitansGPT(nn.Module):
             return
         need(len(state.blocks) == len(self.blocks), 'state', f"of {len(self.blocks)} blocks", len(state.blocks))
         precision = self.wte.weight.dtype
-
-        def fits(x, autocast=False):
-            need(x.size(0) == B and (autocast or x.dtype == precision), 'state',
-                 f"of {B} rows in {precision}, as idx and the model are", f"of {x.size(0)} rows in {x.dtype}")
+        memory = torch.promote_types(precision, torch.float32)
         for block in state.blocks:
-            if block.kv is not None:
-                autocast = block.kv.k.dtype in (torch.bfloat16, torch.float16)  # keys are as narrow as autocast has them
-                fits(block.kv.k, autocast)
-            if block.memory is not None:
-                fits(block.memory.weights[0])
+            parts = [] if block.memory is None else [(block.memory.weights[0], (memory,))]
+            parts += [] if block.kv is None else [(block.kv.k, (precision, torch.bfloat16, torch.float16))]  # autocast's, too
+            for x, dtypes in parts:
+                need(x.size(0) == B and x.dtype in dtypes, 'state', f"of {B} rows in {dtypes[0]}, as idx and the model are",
+                     f"of {x.size(0)} rows in {x.dtype}")
 
     def forward(self, idx, targets=None, state=None, update_memory=True, weights=None, begins=None):
         """

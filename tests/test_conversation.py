@@ -183,7 +183,7 @@ def test_another_model_is_refused(here, name, words):
 
 
 @pytest.mark.parametrize('flags, words', [
-    ('--memory=no/me.mem', 'cannot write into'), ('--memory=mac', 'that is a folder'),
+    ('--memory=no/me.mem', 'cannot write into'), ('--memory=mac', 'that is a folder'), ('--memory=new/', 'that is a folder'),
     ('--memory=none.mem --update_memory=False', 'none.mem: no such memory file'),
     ('--reset_memory', 'needs the file: --memory=FILE'), ('--learn=b.txt', 'would be lost'),
     ('--memory=me.mem --learn=none.txt', 'none.txt: No such file'), ('--memory=me.mem --learn=mac', 'mac: Is a directory'),

@@ -149,6 +149,7 @@ def test_half_weights_are_float32_but_for_their_rounding(variant, dtype, toleran
                 assert m.dtype == torch.float32 and (m - w).norm() < 5 * tolerance * w.norm()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in low.parameters())
+    assert low.generate(idx, 3, state=low(idx)[2], temperature=0).dtype == torch.int64  # a state is carried on
 
 
 def test_a_bfloat16_memory_forgets_little_by_little():
@@ -456,6 +457,9 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
     ({'memory_decay': 0.0}, ('memory_decay=0.0', "memory_gates='sigmoid'")),
     ({'memory_momentum': 1.5, 'memory_gates': 'hard'}, ('memory_momentum=1.5', "memory_gates='hard'")),
     ({'arch': 'mag', 'window_len': 0}, ('window_len=0', 'at least 1')),
+    ({'memory_decay': 1e-50}, ('memory_decay=1e-50 is 0 in float32', "memory_gates='hard'")),
+    ({'memory_momentum': 0.99999999}, ('memory_momentum=0.99999999 is 1 in float32',)),
+    ({'n_embd': 10 ** 12 + 1}, ('n_head=12', 'fits')),
     ({'arch': 'rnn'}, ("arch='rnn'", 'mac')),
     ({'dropout': 1.0}, ('dropout=1.0',)),
 ])

@@ -182,7 +182,8 @@ def test_doc_reset_counts_every_target_once(data_dir, tmp_path, arch):
 
 def test_a_carried_document_does_not_depend_on_the_one_before(data_dir, tmp_path):
     """What a document's tokens are predicted at, steps after it began, with its row's earlier documents changed."""
-    run = train.Run(tiny(data_dir, out_dir=str(tmp_path), doc_reset=True, carry_state=True, reset_prob=0.0, batch_size=1, seed=1))
+    options = {"doc_reset": True, "carry_state": True, "reset_prob": 0.0, "batch_size": 1, "seed": 1}
+    run = train.Run(tiny(data_dir, out_dir=str(tmp_path), **options))
     run.raw.eval()
     logits = []
     for change in (False, True):

@@ -16,7 +16,8 @@ TESTS = {
                   " or documents or damaged_data or decode or characters or unprepared or prepare_text or prepare_refuses"
                   " or resume_continues'",
     'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
-                     " or disk_leaves or really_full or unfinished or files_from or as_if_never or shards_to_one_file'",
+                     " or disk_leaves or system_refuses or swept or unfinished or files_from or as_if_never"
+                     " or shards_to_one_file'",
     'sample.py': "test_conversation.py test_cli.py -k '(test_conversation and not signal) or sample_refuses or seeded'",
     'eval_context.py': "test_needle.py -k context",
     'eval_learning.py': "test_talk.py",
