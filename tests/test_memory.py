@@ -118,6 +118,14 @@ def test_alone_in_pieces_and_retrieve(depth):
     assert torch.equal(after.written, state.written)
 
 
+def test_what_is_read_joins_bounded_and_beside_its_query():
+    """y / sqrt(1 + mean y^2) and the query at length sqrt(D), each with its gain, heads side by side."""
+    module = memory()
+    y, q = torch.randn(2, B, H, 3, D, dtype=torch.float64)
+    want = y / (1 + y.square().mean(-1, keepdim=True)).sqrt() * module.gain[0] + q * D ** 0.5 * module.gain[1]
+    torch.testing.assert_close(module.output(y, q, torch.float64), want.transpose(1, 2).reshape(B, 3, H * D))
+
+
 def test_it_remembers():
     """Keys met before are answered with their values; before they were written, with nothing."""
     torch.manual_seed(0)

@@ -193,7 +193,7 @@ def test_a_skipped_step_has_still_been_read(data_dir, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize('batch', [0, 3])
-def test_a_signal_breaks_an_evaluation_off(data_dir, tmp_path, monkeypatch, batch):  # noqa: F811
+def test_a_signal_breaks_an_evaluation_off(data_dir, tmp_path, monkeypatch, capsys, batch):  # noqa: F811
     """It ends before the next batch, saves, and is made up for when the run resumes: log and checkpoint as if undisturbed."""
     options = {'eval_interval': 2, 'eval_iters': 4, 'max_iters': 4, 'carry_state': True}
     assert train.train(tiny(data_dir, out_dir=str(tmp_path / 'whole'), **options)) == 0
@@ -221,5 +221,6 @@ def test_a_signal_breaks_an_evaluation_off(data_dir, tmp_path, monkeypatch, batc
     assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
     config.eval_only = True
     with monkeypatch.context() as patch:
-        patch.setattr(Run, 'evaluate', lambda self: None)
+        patch.setattr(Run, 'evaluate', lambda self: setattr(self.signals, 'name', 'SIGTERM'))
         assert train.train(config) == 130
+    assert 'stopped by SIGTERM, not evaluated' in capsys.readouterr().out
