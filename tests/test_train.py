@@ -65,6 +65,8 @@ def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
     assert abs(losses[0] - math.log(256)) < 0.2 and losses[-1] < losses[0] - 1.5
     table = capsys.readouterr().out
     assert 'half-life 693 tokens' in table and 'left' in table
+    logged = [row for row in rows if 'lr' in row]
+    assert len(logged) == 6 and all(row['lr'] == train.get_lr(row['step'] - 1, config) for row in logged)
     speeds = re.findall(r'([\d,]+) tok/s', table)
     assert speeds == [f"{row['tokens_per_s']:,.0f}" for row in rows if 'tokens_per_s' in row] and len(speeds) == 6
     content = checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))

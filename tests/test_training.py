@@ -34,6 +34,12 @@ def test_the_schedule(options, rates):
         assert get_lr(step, config) == pytest.approx(rate, abs=1e-12), step
 
 
+@pytest.mark.parametrize('seconds, text', [(0, '0m 00s'), (59.9, '0m 59s'), (3599, '59m 59s'), (3600, '1h 00m'), (7384, '2h 03m'),
+                                           (360000, '100h 00m')])
+def test_time_left(seconds, text):
+    assert train.clock(seconds) == text
+
+
 def test_steps_are_as_long_as_the_schedule_says(data_dir, tmp_path):  # noqa: F811
     """AdamW's first step moves a weight without decay by the learning rate of step 0; later steps have theirs."""
     config = tiny(data_dir, out_dir=str(tmp_path), learning_rate=1e-2, warmup_iters=3)
