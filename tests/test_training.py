@@ -34,8 +34,8 @@ def test_the_schedule(options, rates):
         assert get_lr(step, config) == pytest.approx(rate, abs=1e-12), step
 
 
-@pytest.mark.parametrize('seconds, text', [(0, '0m 00s'), (59.9, '0m 59s'), (3599, '59m 59s'), (3600, '1h 00m'), (7384, '2h 03m'),
-                                           (360000, '100h 00m')])
+@pytest.mark.parametrize('seconds, text', [(0, '0m 00s'), (59.9, '0m 59s'), (3599, '59m 59s'), (3600, '1h 00m'),
+                                           (7384, '2h 03m'), (360000, '100h 00m')])
 def test_time_left(seconds, text):
     assert train.clock(seconds) == text
 
