@@ -122,6 +122,20 @@ def test_chunk_is_its_tokens_one_by_one(depth, stable):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1, b.abs().max().item()))
 
 
+def test_a_gate_at_its_end_gets_no_gradient():
+    """The derivative by the logarithm of 1 - alpha = 0 or eta = 0 has no meaning: it is 0, and those of the others stay."""
+    torch.manual_seed(0)
+    D, n = 4, 5
+    q, k, v = F.normalize(torch.randn(3, 1, 1, n, D, dtype=torch.float64), dim=-1)
+    gates = [torch.rand(1, 1, n, dtype=torch.float64) for _ in range(3)]
+    gates[1][..., 2], gates[2][..., 3] = 0, 1
+    leaves = [x.requires_grad_() for x in (*gates, torch.randn(1, 1, D, D, dtype=torch.float64))]
+    out = kernels.chunk(math.inf, q, k, v, *leaves, torch.zeros(1, 1, D, D, dtype=torch.float64))
+    _, eta, alpha, _ = torch.autograd.grad(sum(x.square().sum() for x in out), leaves)
+    assert eta[..., 2].item() == 0 and (eta[..., 3:] != 0).all()
+    assert (alpha == 0).flatten().tolist() == [i == 3 for i in range(n)]
+
+
 def test_chunk_in_float32():
     """
     Gradients as in float64 to 1e-4 of the largest, also where gates come close to their ends; and the same to the bit with an

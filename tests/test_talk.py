@@ -144,7 +144,17 @@ def test_learning_measures_what_it_says(model, capsys):
             states.append(row)
         assert len(states) == 6
     assert list(found['in the window']) == ['gpt']  # a segment of the other is shorter than the phrase
-    assert 'in the window of gpt' in capsys.readouterr().out
+    out = capsys.readouterr().out.splitlines()
+    labels = [*(f'shown {n} times' for n in range(4)), 'and 30 tokens later', 'and 50 tokens later']
+    for label, (part, i) in zip(labels, [*(('times', n) for n in range(4)), ('hold', 0), ('hold', 1)], strict=True):
+        line, = (line for line in out if line.startswith(label))
+        assert line.removeprefix(label).split() == [
+            f'{np.mean([f[part][i][key] for f in found[name]]):{form}}'
+            for key, form in (('recalled', '.1%'), ('log_prob', '.3f'), ('rank', '.1f'))
+            for name in ('memory', 'never written')]
+    found = found['in the window']['gpt']
+    assert (f"in the window of gpt: {np.mean([f['recalled'] for f in found]):.1%} of the words, log-probability "
+            f"{np.mean([f['log_prob'] for f in found]):.3f}") in out
 
 
 def test_words_recalled(model):

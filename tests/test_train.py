@@ -200,6 +200,18 @@ def test_a_checkpoint_of_the_format_before(data_dir, tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize('what', [{'step': -1}, {'skips': -1}, {'best_step': 'x'}, {'optimizer': {}}])
+def test_a_checkpoint_that_makes_no_sense_is_not_resumed(data_dir, tmp_path, what):
+    config = tiny(data_dir, out_dir=str(tmp_path))
+    run = Run(config)
+    run.train_step()
+    run.save()
+    path = str(tmp_path / 'ckpt.pt')
+    torch.save(torch.load(path, weights_only=True) | what, path)
+    with pytest.raises(UserError, match='cannot resume from it'):
+        Run(dataclasses.replace(config, init_from='resume'))
+
+
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
     """The same loss, another gradient: what a later span asks of M_0 and of earlier writes is cut off."""
     losses, grads = [], []
@@ -307,7 +319,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(UserError, match='No space left.*untouched'):
+    with pytest.raises(UserError, match='cannot save .*ckpt.pt: No space left on device; the one before it is untouched'):
         checkpoint.save(path, {'step': 2})
     assert torch.load(path, weights_only=True)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
 

@@ -11,7 +11,7 @@ from test_train import data_dir, same, tensors, tiny  # noqa: F401 (a fixture)
 import checkpoint
 import train
 from dataset import Dataset, Tokenizer, Writer
-from model import TitansConfig, TitansGPT
+from model import NeuralMemory, TitansConfig, TitansGPT
 from train import Run, get_lr
 
 
@@ -166,6 +166,21 @@ def test_initial_weights_have_their_sizes(arch):
         if 'norm' in name:
             assert (p == 1).all(), name
     assert checked >= 4 * layers + 1
+
+
+@pytest.mark.parametrize('kernel', [2, 4, 9])
+def test_a_memory_begins_as_an_induction_head(kernel):
+    """Queries and keys are the same random mix of K - 1 tokens, of unit size, keys one token back; values are this token."""
+    torch.manual_seed(0)
+    memory = NeuralMemory(TitansConfig(n_embd=512, n_head=2, memory_heads=2, memory_conv=kernel))
+    q, k, v = memory.conv.squeeze(2).detach().chunk(3)
+    assert torch.equal(q[:, 1:], k[:, :-1]) and not q[:, 0].any() and not k[:, -1].any()
+    assert q.square().sum(1).mean().item() == pytest.approx(1, rel=0.15)
+    assert v[:, -1].mean().item() == pytest.approx(1, abs=0.02) and v.std(0).mean().item() == pytest.approx(0.1, rel=0.1)
+    q, k, v = memory.c_qkv.weight.detach().chunk(3)
+    assert torch.equal(q, k) and not torch.equal(k, v)
+    assert q.std().item() == pytest.approx(512 ** -0.5, rel=0.05) == v.std().item()
+    assert (memory.gain == 0.1).all() and not memory.initial[0].any() and not memory.c_gates.weight.any()
 
 
 def test_repetition_penalty_counts_what_was_generated(monkeypatch):
