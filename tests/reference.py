@@ -42,7 +42,7 @@ def recurrence(weights, surprise, q, k, v, theta, eta, alpha, chunk_len, clip=ma
         grads, deltas = grads[:len(begin)], grads[len(begin):]
         step = theta[:, :, t]
         chunk.append((inputs, [d.square().sum(-1).sqrt() for d in deltas], step / (1 - eta[:, :, t]).clamp_min(1e-3)))
-        if bound:  # how far this chunk's steps so far can push this token's prediction
+        if bound:  # how far this chunk's steps so far can push this token's prediction, if eta stays what it is at each
             reach = 0
             for a, size, reached in chunk:
                 for layer in range(len(begin)):

@@ -317,6 +317,11 @@ def test_prepare_gpt2_text(place):
     assert Tokenizer(data.tokenizer).decode(data.read('val', [0], data.tokens['val'])[0]) == TEXT
 
 
+def test_a_tokenizer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    assert 'the gpt2 tokenizer needs tiktoken: pip install' in refused(lambda argv: Tokenizer(*argv), {'kind': 'gpt2'})
+
+
 def test_a_character_that_a_tokenizer_lacks_is_named():
     tokenizer = Tokenizer({'kind': 'char', 'chars': 'ab'})
     assert "lacks 'x' (character 3 of the text); it knows 'ab'" in refused(lambda argv: tokenizer.encode(*argv), 'abx')

@@ -265,7 +265,7 @@ def test_only_what_a_run_leaves_is_swept(tmp_path):
 
 
 def test_an_unfinished_write_is_swept_and_an_older_run_set_aside(data_dir, tmp_path):  # noqa: F811
-    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=2, eval_interval=1, keep_last=2)
+    config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=3, eval_interval=1, keep_last=2)
     assert train.train(config) == 0
     (tmp_path / 'out' / 'ckpt-00000009.partial').mkdir()
     (tmp_path / 'out' / 'ckpt.pt.partial').write_bytes(b'half')
@@ -273,6 +273,6 @@ def test_an_unfinished_write_is_swept_and_an_older_run_set_aside(data_dir, tmp_p
     config.max_iters = 0
     assert train.train(config) == 0
     assert sorted(os.listdir(config.out_dir)) == ['earlier-1', 'log.jsonl']
-    assert sorted(os.listdir(tmp_path / 'out' / 'earlier-1')) == ['best.pt', 'ckpt-00000001.pt', 'ckpt-00000002.pt', 'ckpt.pt',
+    assert sorted(os.listdir(tmp_path / 'out' / 'earlier-1')) == ['best.pt', 'ckpt-00000002.pt', 'ckpt-00000003.pt', 'ckpt.pt',
                                                                   'log.jsonl']
     assert same(checkpoint.load(str(tmp_path / 'out' / 'earlier-1' / 'ckpt.pt')), first)

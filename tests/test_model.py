@@ -1,5 +1,6 @@
 """What every architecture promises: exact, causal, cut anywhere, honest in generation."""
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -238,7 +239,10 @@ every_state = pytest.mark.parametrize('variant', ['gpt', 'mac deep', 'mac long-t
 def test_every_token_is_read_once(variant):
     """The state that streaming ends with is the state of one forward over prompt and continuation, but for the last token."""
     model, idx = build(variant), tokens(2, 6)
+    calls, handle = [], model.register_forward_pre_hook(lambda model, args: calls.append(args[0].size(1)))
     made = list(model.stream(idx, 8, temperature=0))
+    handle.remove()
+    assert calls == [6, *[1] * 7]  # the last token is not read: nobody asks what comes after it
     whole = model(torch.cat((idx, *(token for token, _ in made[:-1])), dim=1))[2]
     end = made[-1][1]
     assert end.pos == whole.pos == 13
@@ -441,6 +445,16 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
         model = build(shake=0, memory_gates=gates, memory_lr=0.07, memory_momentum=eta, memory_decay=0.002)
         for gate, start in zip(model.blocks[0].memory.gate(torch.randn(1, 5, 16).double()), (0.07, eta, 0.002), strict=True):
             torch.testing.assert_close(gate, torch.full_like(gate, start), rtol=1e-5, atol=0)
+
+
+def test_defaults_stay():
+    """A checkpoint from before an option has its default: another one would make another model of it."""
+    assert {f.name: f.default for f in dataclasses.fields(TitansConfig)} == {
+        'arch': 'mac', 'backbone': 'titans', 'block_size': 1024, 'vocab_size': 50304, 'n_layer': 12, 'n_head': 12,
+        'n_embd': 768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128, 'checkpoint_segments': False, 'window_len': 128,
+        'chunk_len': 64, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
+        'memory_heads': 12, 'memory_conv': 4, 'memory_gates': 'sigmoid', 'memory_lr': 0.1, 'memory_momentum': 0.5,
+        'memory_decay': 0.001, 'memory_layers': 'all', 'memory_stable': True}
 
 
 @pytest.mark.parametrize('options, words', [

@@ -200,6 +200,19 @@ def test_a_checkpoint_of_the_format_before(data_dir, tmp_path):
         checkpoint.load(path)
 
 
+def test_the_commit_is_marked_if_the_code_was_changed():
+    status = subprocess.run(['git', '-C', HERE, 'status', '--porcelain', '-uno'], capture_output=True, text=True)
+    if status.returncode:
+        pytest.skip('not in a git repository')
+    assert re.fullmatch(r'[0-9a-f]{7,}' + r'\+' * bool(status.stdout), train.commit())
+
+
+def test_gates_that_never_let_go_are_said_to(data_dir, tmp_path, capsys):
+    Run(tiny(data_dir, out_dir=str(tmp_path), memory_gates='hard', memory_momentum=1.0, memory_decay=0.0)).table()
+    table = capsys.readouterr().out
+    assert 'eta 1 = a surprise lasts for ever' in table and 'alpha 0 = half-life never' in table
+
+
 @pytest.mark.parametrize('what', [{'step': -1}, {'skips': -1}, {'best_step': 'x'}, {'optimizer': {}}])
 def test_a_checkpoint_that_makes_no_sense_is_not_resumed(data_dir, tmp_path, what):
     config = tiny(data_dir, out_dir=str(tmp_path))
@@ -339,13 +352,14 @@ def test_a_write_that_the_system_refuses(tmp_path):
 def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=10 ** 6, eval_interval=10 ** 6)
     flags = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if f.name != 'vocab_size']
-    process = subprocess.Popen([sys.executable, 'train.py', *flags], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, 'train.py', *flags], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     for line in process.stdout:
         if line.startswith('step     3'):
             process.send_signal(signal.SIGINT)
             break
-    rest = process.stdout.read()
-    assert process.wait(60) == 130
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == 'SIGINT: stopping after this step; once more stops at once, without saving\n'
     assert 'saved; go on with: python train.py' in rest and '--init_from=resume' in rest
     assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['step'] >= 3
 

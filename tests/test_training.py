@@ -27,6 +27,7 @@ def letters(tmp_path):
 @pytest.mark.parametrize('options, rates', [
     ({}, {0: 1 / 11, 4: 5 / 11, 9: 10 / 11, 10: 1.0, 35: 0.1 + 0.45 * (1 + 0.5 ** 0.5), 60: 0.55, 110: 0.1, 500: 0.1}),
     ({'lr_decay_iters': 60}, {9: 10 / 11, 10: 1.0, 35: 0.55, 60: 0.1, 100: 0.1}),
+    ({'max_iters': 11}, {9: 10 / 11, 10: 1.0, 11: 0.1}),
     ({'decay_lr': False}, {0: 1 / 11, 10: 1.0, 60: 1.0, 500: 1.0}), ({'warmup_iters': 0}, {0: 1.0, 55: 0.55, 110: 0.1})])
 def test_the_schedule(options, rates):
     config = train.TrainConfig(**{'learning_rate': 1.0, 'min_lr': 0.1, 'warmup_iters': 10, 'max_iters': 110} | options)

@@ -14,7 +14,7 @@ TESTS = {
     'dataset.py': "test_data.py test_seeds.py test_train.py test_parallel.py test_cli.py"
                   " -k 'test_seeds or replaced_half or what_prepare or meta_json or lacks or bit_is_found or contiguous"
                   " or weighted or documents or damaged_data or decode or characters or unprepared or prepare_text"
-                  " or prepare_refuses or resume_continues'",
+                  " or prepare_refuses or not_installed or resume_continues'",
     'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
                      " or disk_leaves or system_refuses or swept or unfinished or files_from or as_if_never"
                      " or damaged_file or makes_no_sense"
