@@ -451,8 +451,8 @@ def test_defaults_stay():
     """A checkpoint from before an option has its default: another one would make another model of it."""
     assert {f.name: f.default for f in dataclasses.fields(TitansConfig)} == {
         'arch': 'mac', 'backbone': 'titans', 'block_size': 1024, 'vocab_size': 50304, 'n_layer': 12, 'n_head': 12,
-        'n_embd': 768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128, 'checkpoint_segments': False, 'window_len': 128,
-        'chunk_len': 64, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
+        'n_embd': 768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128,
+        'checkpoint_segments': False, 'window_len': 128, 'chunk_len': 64, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
         'memory_heads': 12, 'memory_conv': 4, 'memory_gates': 'sigmoid', 'memory_lr': 0.1, 'memory_momentum': 0.5,
         'memory_decay': 0.001, 'memory_layers': 'all', 'memory_stable': True}
 
