@@ -72,6 +72,7 @@ def refused(main, *argv):
     ('--arch=mag --carry_state --block_size=100', ('block_size=100', 'of 128, where mag can begin', 'block_size=128 is')),
     ('--arch=mag --chunk_len=0', ('chunk_len=0', 'at least 1')),
     ('--max_chunk_len=100', ('max_chunk_len=100', 'chunk_len=64', 'segment_len=128', 'one of 64, 128')),
+    ('--arch=mag --block_size=192 --max_chunk_len=128', ('max_chunk_len=128', 'block_size=192', 'one of 64, or 0')),
     ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
     ('--batch_size=0', ('batch_size=0',)),
     ('--learning_rate=nan', ('learning_rate', 'float')),
@@ -586,7 +587,8 @@ def test_interactive_carries_the_state(trained):
     (('--prompt=FILE:none',), ('none: No such file',)),
     (('--prompt=FILE:',), ("'': No such file",)),
     (('--out_dir=none',), ('no such checkpoint', '--out_dir=')),
-    (('--temperature=-1',), ('temperature=-1.0',)),
+    (('--temperature=-1',), ('temperature=-1.0',)), (('--repetition_penalty=0',), ('repetition_penalty=0.0',)),
+    (('--repetition_penalty=-0.5',), ('repetition_penalty=-0.5',)),
     (('--top_p=0',), ('top_p=0.0',)),
 ])
 def test_sample_refuses(trained, argv, words):

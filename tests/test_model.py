@@ -106,6 +106,7 @@ def test_a_copy_of_a_compiled_model_is_its_own(monkeypatch):
         model, idx = build(variant), tokens(2, SEGMENT)
         want = all_logits(model, idx)
         model.compile_steps()
+        assert all('feed' in vars(block) for block in model.blocks)
         copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         with torch.no_grad():
             for p in model.parameters():
@@ -267,6 +268,11 @@ def test_sampling_filters():
     assert drawn(min_p=0.2) == {0, 1}
     assert drawn(temperature=0) == {0}
     assert drawn(temperature=0, repetition_penalty=2.0) == {1}
+    model, idx, made = build('gpt'), tokens(1, 5), []
+    for options in {}, {'temperature': 1.0}, {'temperature': 2.0}:
+        torch.manual_seed(0)
+        made.append(model.generate(idx, 60, **options).tolist())
+    assert made[0] == made[1] != made[2]
 
 
 @pytest.mark.parametrize('options, want', [
@@ -450,11 +456,11 @@ def test_fixed_gates_and_starts_are_what_the_config_says():
 def test_defaults_stay():
     """A checkpoint from before an option has its default: another one would make another model of it."""
     assert {f.name: f.default for f in dataclasses.fields(TitansConfig)} == {
-        'arch': 'mac', 'backbone': 'titans', 'block_size': 1024, 'vocab_size': 50304, 'n_layer': 12, 'n_head': 12,
-        'n_embd': 768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128,
-        'checkpoint_segments': False, 'window_len': 128, 'chunk_len': 64, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
-        'memory_heads': 12, 'memory_conv': 4, 'memory_gates': 'sigmoid', 'memory_lr': 0.1, 'memory_momentum': 0.5,
-        'memory_decay': 0.001, 'memory_layers': 'all', 'memory_stable': True}
+        'arch': 'mac', 'backbone': 'titans', 'block_size': 1024, 'vocab_size': 50304, 'n_layer': 12, 'n_head': 12, 'n_embd':
+        768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128, 'checkpoint_segments': False,
+        'window_len': 128, 'chunk_len': 64, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1,
+        'memory_expansion': 2, 'memory_heads': 12, 'memory_conv': 4, 'memory_gates': 'sigmoid', 'memory_lr': 0.1,
+        'memory_momentum': 0.5, 'memory_decay': 0.001, 'memory_layers': 'all', 'memory_stable': True}
 
 
 @pytest.mark.parametrize('options, words', [

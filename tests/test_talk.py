@@ -208,6 +208,15 @@ def test_learning_refuses(model, flags, words):
     assert all(word in message for word in words), message
 
 
+def test_the_least_that_can_be_asked_for():
+    eval_learning.LearningConfig(words=2, phrases=1, begin=1, times=1, between=1, hold='1')
+    eval_talk.TalkConfig(facts='1', gaps='0', samples=1)
+    for config, option in ((eval_learning.LearningConfig, {'times': 0}), (eval_talk.TalkConfig, {'facts': '0'}),
+                           (eval_talk.TalkConfig, {'samples': 0})):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            config(**option)
+
+
 def test_binary_text_is_refused(model, tmp_path):
     Path(tmp_path / 'x').write_bytes(b'abc\0def')
     assert 'binary (a zero byte at 3)' in refused(eval_learning.main, *learning(model, f'--other={tmp_path}/x'))

@@ -207,7 +207,11 @@ def test_the_commit_is_marked_if_the_code_was_changed():
     assert re.fullmatch(r'[0-9a-f]{7,}' + r'\+' * bool(status.stdout), train.commit())
 
 
-def test_gates_that_never_let_go_are_said_to(data_dir, tmp_path, capsys):
+def test_the_opening_table(data_dir, tmp_path, capsys):
+    Run(tiny(data_dir, out_dir=str(tmp_path), gradient_accumulation_steps=3)).table()
+    table = capsys.readouterr().out
+    for words in ('(mac, 2 layers, 2 heads, 16 wide)', 'tokens a step      96  (2 x 16 x 3)', 'surprise lasts 2.0 tokens'):
+        assert words in table
     Run(tiny(data_dir, out_dir=str(tmp_path), memory_gates='hard', memory_momentum=1.0, memory_decay=0.0)).table()
     table = capsys.readouterr().out
     assert 'eta 1 = a surprise lasts for ever' in table and 'alpha 0 = half-life never' in table
@@ -223,6 +227,17 @@ def test_a_checkpoint_that_makes_no_sense_is_not_resumed(data_dir, tmp_path, wha
     torch.save(torch.load(path, weights_only=True) | what, path)
     with pytest.raises(UserError, match='cannot resume from it'):
         Run(dataclasses.replace(config, init_from='resume'))
+
+
+def test_a_step_is_saved_once(data_dir, tmp_path):
+    run = Run(tiny(data_dir, out_dir=str(tmp_path)))
+    for step in range(2):
+        run.train_step()
+        files = []
+        for _ in range(2):
+            run.save()
+            files.append(os.stat(run.path).st_ino)
+        assert files[0] == files[1] and checkpoint.step_of(run.path) == step + 1
 
 
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):

@@ -166,6 +166,10 @@ def test_initial_weights_have_their_sizes(arch):
             checked += 1
         if 'norm' in name:
             assert (p == 1).all(), name
+    for block in model.blocks:
+        if block.memory is not None:  # what is read comes back as what was written
+            values = block.memory.c_qkv.weight[-128:].mT * 128 ** 0.5
+            torch.testing.assert_close(block.c_proj.weight, values * 0.02 / math.sqrt(2 * layers))
     assert checked >= 4 * layers + 1
 
 
