@@ -76,7 +76,8 @@ def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
 @pytest.mark.parametrize('options', [
     {}, {'carry_state': True, 'reset_prob': 0.3, 'dropout': 0.1},
     {'carry_state': True, 'tbptt': 8, 'gradient_accumulation_steps': 2}, {'dtype': 'float16'}, {'arch': 'gpt', 'dropout': 0.2},
-    {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'num_persist_mem': 0, 'tbptt': 6},
+    {'arch': 'mag', 'carry_state': True, 'reset_prob': 0.5, 'window_len': 5, 'num_persist_mem': 0, 'tbptt': 6,
+     'gradient_accumulation_steps': 2},
     {'arch': 'mal', 'carry_state': True, 'max_chunk_len': 16, 'memory_depth': 2, 'window_len': 8},
     {'arch': 'lmm', 'carry_state': True, 'memory_momentum': 0.0},
     {'dtype': 'bfloat16', 'memory_depth': 2, 'num_longterm_mem': 2, 'carry_state': True}])
