@@ -153,7 +153,7 @@ def test_a_seed_is_one_that_every_generator_takes(config, seed):
     (bench.BenchConfig, '--threads=100000', 'threads=100000 must be at most 1024'),
     (bench.BenchConfig, '--sizes=1x99999999999999999999', 'sizes=1x99999999999999999999 must be rows x tokens'),
     (eval_talk.TalkConfig, '--gaps=99999999999999999999', "gaps='99999999999999999999' must be at least 0 and at most"),
-    (eval_needle.NeedleConfig, '--lengths=99999999999999999999', 'must be at least 1 and at most'),
+    (eval_needle.NeedleConfig, '--lengths=99999999999999999999', 'must be at least 1 and at most 1099511627776'),
 ])
 def test_numbers_that_no_machine_can_do(config, flag, words):
     assert words in refused(lambda argv: configurator.load(config, argv), flag)
@@ -392,6 +392,28 @@ def test_a_name_for_a_text(place, name):
     assert os.listdir('data') == ['text']
 
 
+def test_text_comes_through_standard_input(monkeypatch):
+    ours, theirs = os.pipe()
+    stdin = os.dup(0)
+    try:
+        os.dup2(ours, 0)
+        os.write(theirs, b'from a pipe')
+        os.close(theirs)
+        assert read_text('-') == 'from a pipe'
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(ours)
+
+
+def test_a_copy_that_is_not_in_the_way_stays(place):
+    """A folder that only looks like one that was replaced; the data set itself is gone, so nothing has to be."""
+    os.rename('data/text', 'data/text.old')
+    Path('data/text.old/notes.txt').write_text('dear')
+    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    assert Path('data/text.old/notes.txt').exists() and Path('data/text/meta.json').exists()
+
+
 def test_names_of_data_sets():
     assert {*NAMES, 'text'} == set(prepare.CORPORA)
     assert '--name is for text' in refused(prepare.main, 'stdlib', '--name=mine')
@@ -461,6 +483,8 @@ def damage(name):
         (path / 'train.bin').write_bytes((path / 'train.bin').read_bytes()[:-5])
     elif name == 'missing':
         (path / 'val.bin').unlink()
+    elif name == 'emptied':
+        (path / 'val.bin').write_bytes(b'')
     elif name == 'flipped':
         (path / 'train.bin').write_bytes(b'\x00' + (path / 'train.bin').read_bytes()[1:])
     elif name == 'meta':
@@ -471,6 +495,7 @@ def damage(name):
 
 
 @pytest.mark.parametrize('name, words', [('truncated', 'bytes where meta.json says'), ('missing', 'is missing where'),
+                                         ('emptied', 'val.bin is 0 bytes where'),
                                          ('flipped', 'train.bin is damaged: its checksum'), ('meta', 'meta.json is damaged'),
                                          ('dtype', 'bytes where meta.json says')])
 def test_damaged_data_is_refused(place, name, words):

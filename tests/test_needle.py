@@ -322,19 +322,26 @@ def test_any_prepared_text_is_a_haystack(here, tmp_path):
     assert Evaluation(f'{tmp_path}/needle').text.strip() in TEXT
 
 
+def test_without_writing_there_is_only_the_control(here):
+    assert evaluate('--update_memory=False', '--lengths=96', '--depths=0', '--samples=1') == 0
+    with open('out/word/needle.json', encoding='utf-8') as f:
+        assert {cell['model'] for cell in json.load(f)['cells']} == {'off'}
+
+
 # -- loss against position
 
 
 def test_context_curve_is_the_mean_loss_of_its_positions(here, capsys):
     pytest.importorskip('matplotlib')
     prepare.main(['text', '--train_path=tale.txt'])
-    assert eval_context.main(['--out_dir=out/byte', '--dataset=text', '--length=2048', '--rows=2', '--device=cpu']) == 0
+    assert eval_context.main(['--out_dir=out/byte', '--dataset=text', '--length=2048', '--rows=3', '--device=cpu']) == 0
     content = json.load(open('out/byte/context.json'))
-    assert content['config']['rows'] == 2 and content['models']['memory on']['dtype'] == 'float32'
+    assert content['config']['rows'] == 3 and content['models']['memory on']['dtype'] == 'float32'
     assert set(content['loss']) == {'memory on', 'memory off'} and os.path.getsize('out/byte/context.png') > 5000
     reader = eval_context.Reader('out/byte/ckpt.pt', 'cpu', 'float32')
     data = Dataset('data', 'text')
-    block = torch.from_numpy(data.read('val', [0, data.tokens['val'] - 2049], 2049))
+    last = data.tokens['val'] - 2049
+    block = torch.from_numpy(data.read('val', [0, last // 2, last], 2049))
     with torch.no_grad():
         logits, _, _ = reader.model(block[:, :-1], block[:, 1:])
     ce = torch.nn.functional.cross_entropy(logits.mT, block[:, 1:], reduction='none')

@@ -17,6 +17,7 @@ import talk
 import train
 from dataset import Dataset, Tokenizer
 from eval_learning import Phrase, ask
+from model import TitansConfig
 from sample import Reader
 from seeds import generator
 
@@ -206,6 +207,12 @@ def test_talk_asks_for_what_it_told(model, monkeypatch):
 def test_learning_refuses(model, flags, words):
     message = refused(eval_learning.main, *learning(model, *flags.format(model).split()))
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('arch, tokens', [('lmm', 0), ('mac', 32), ('mag', 3 * 16), ('gpt', 64)])
+def test_how_far_attention_reaches(arch, tokens):
+    config = TitansConfig(arch=arch, n_layer=3, block_size=64, segment_len=32, window_len=16, chunk_len=16)
+    assert eval_learning.reach(config) == tokens
 
 
 def test_the_least_that_can_be_asked_for():

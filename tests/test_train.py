@@ -19,6 +19,7 @@ import train
 from configurator import UserError
 from dataset import Dataset, Tokenizer, Writer
 from model import map_state
+from seeds import generator
 from train import Run, TrainConfig
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -113,6 +114,24 @@ def test_contiguous_rows_read_on(data_dir):
     x0, y0, *_ = data.contiguous('train', 3, 16, 0, seed=1)
     x1, *_ = data.contiguous('train', 3, 16, 1, seed=1)
     assert (y0[:, :-1] == x0[:, 1:]).all() and (y0[:, -1] == x1[:, 0]).all()
+
+
+def test_rows_that_read_on_begin_evenly_spread(data_dir):
+    data = Dataset(data_dir, 'tiny')
+    text, room = data.flat('train', 0, data.tokens['train']).tobytes(), data.room('train', 16)
+    x = data.contiguous('train', 4, 16, 0, seed=1).x
+    starts = generator('train rows that read on', 1).integers(room) + np.arange(4) * (room // 4)
+    assert [row.tobytes() for row in x] == [text[8 * s:8 * (s + 16)] for s in (starts % room).tolist()]
+
+
+def test_weights_of_rows_have_a_mean(tmp_path):
+    with Writer(str(tmp_path), 'rows', Tokenizer({'kind': 'byte'}), row_len=3) as writer:
+        for split in 'train', 'val':
+            writer.add(split, [1, 2, 3], [0, 1, 1])
+    path = tmp_path / 'rows' / 'meta.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'mean_weight': {'train': 0, 'val': 1}}))
+    with pytest.raises(UserError, match='meta.json is damaged'):
+        Dataset(str(tmp_path), 'rows')
 
 
 @pytest.mark.parametrize('arch', ['mac', 'mag'])

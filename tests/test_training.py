@@ -114,6 +114,14 @@ def test_evaluation_is_of_validation_text_without_dropout(letters, tmp_path, opt
     assert abs(found['train'] - found['val']) > 0.1
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_arithmetic_that_was_asked_for(data_dir, tmp_path, dtype):  # noqa: F811
+    run = Run(tiny(data_dir, out_dir=str(tmp_path), dtype=dtype))
+    with run.autocast, torch.no_grad():
+        logits = run.raw(tokens(1, 8))[0]
+    assert logits.dtype == getattr(torch, dtype) and all(p.dtype == torch.float32 for p in run.raw.parameters())
+
+
 # what each block adds: of a sum of two dropped terms a quarter is 0
 @pytest.mark.parametrize('variant, none', [('gpt', 0.5), ('mac', 0.5), ('mag', 0.5), ('mal', 0.25), ('lmm', 0.5)])
 def test_dropout_is_everywhere(variant, none):
