@@ -1,7 +1,8 @@
 """
 A checkpoint is one file of tensors and plain types, loadable with weights_only=True, written whole or not at all:
 
-    format, step, best_val_loss, best_step, skips, model_config, train_config, tokenizer, provenance (commit, data checksums),
+    format, step, best_val_loss, best_step, skips, evaluated (the step of the last evaluation), model_config, train_config,
+    tokenizer, provenance (commit, data checksums),
     model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None), mended (those of them
     that have to begin afresh)
 
