@@ -70,6 +70,7 @@ talk: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	NANOTITANS_KERNEL=blocks $(BIN)/python -m pytest -n 2 tests/test_model.py -k 'not compiled and not 32k'
 
 # in clones of the last commit under out/mutants, so that this folder stays as it is; what survives is in out/mutants/survivors.diff
 mutants: .venv/ready
@@ -91,7 +92,7 @@ compare: .venv/ready
 	$(BIN)/python plot.py out/compare/*
 
 # what finding needles needs: the same short training with one thing changed at a time; 40 minutes on one core
-ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 --chunk_len=64 \
+ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 \
   --num_longterm_mem=8 --forget_cost=0 --forget_cost=0,--write_cost=0 --memory_gates=sigmoid,--memory_decay=0.0003
 ablate: .venv/ready
 	$(BIN)/python prepare.py needle
@@ -102,7 +103,7 @@ ablate: .venv/ready
 
 # every architecture at nearly equal parameters and equal tokens, 3 seeds: text and needles; two hours on one core.
 # name:changes:width on text:width on needles. window is attention without memory; delta is memory without momentum, a gated delta
-# rule by chunks
+# rule
 FAMILY = gpt:--arch=gpt:152:104 window:--arch=mag,--memory_layers=none:152:104 delta:--arch=lmm,--memory_momentum=0:148:108 \
   mac:--arch=mac:128:96 mac-2:--arch=mac,--memory_depth=2:128:96 mag:--arch=mag:128:96 mag-2:--arch=mag,--memory_depth=2:128:96 \
   mal:--arch=mal:128:96 mal-2:--arch=mal,--memory_depth=2:128:96 lmm:--arch=lmm:148:108 lmm-2:--arch=lmm,--memory_depth=2:144:104
@@ -113,7 +114,7 @@ family: .venv/ready
 	  changes="--seed=$$seed $$(echo $$changes | tr , ' ')"; out=out/family/$$name-$$seed; \
 	  $(BIN)/python train.py config/compare_cpu.py --out_dir=$$out/text --n_layer=2 --n_embd=$$text --block_size=256 --batch_size=4 \
 	    --max_iters=300 --eval_interval=300 $$changes; \
-	  $(BIN)/python train.py config/needle_cpu.py --out_dir=$$out/needle --n_embd=$$needle --chunk_len=64 --max_iters=400 \
+	  $(BIN)/python train.py config/needle_cpu.py --out_dir=$$out/needle --n_embd=$$needle --max_iters=400 \
 	    --eval_interval=400 --cost_from=0.5 $$changes; \
 	  $(BIN)/python eval_needle.py --out_dir=$$out/needle --control=False --tasks=pass-key,number --lengths=256,1024,4096 --depths=50 \
 	    --samples=50; \

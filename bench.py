@@ -35,6 +35,7 @@ from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop
 
 import checkpoint
 import configurator
+import native
 from configurator import UserError
 from model import TitansConfig, TitansGPT
 from parallel import BYTES_A_PARAMETER, pick_device, pick_dtype
@@ -55,12 +56,12 @@ class BenchConfig:
     sizes: str = '4x512'            # rows x tokens of a training step and of a forward pass
     measure: str = 'train,forward,memory'  # and stream
     stream: int = 1048576           # tokens that measure=stream reads; gpt, whose window is what it has, reads 512
-    chunk_len: int = 64
-    memory_momentum: float = 0.5
+    memory_momentum: float = 0.0
     num_longterm_mem: int = 0
     checkpoint_segments: bool = False
     peer: Literal['', 'titans-pytorch'] = ''
     plan: str = ''                  # a config of train.py: count what it does and measure nothing
+    kernel: Literal['auto', 'loop', 'blocks'] = 'auto'  # the memory in native.c, in PyTorch; auto: the first where it can be
     gpus: int = 8                   # of plan, and what one of them can: H100 SXM, bfloat16
     gpu_flops: float = 989e12
     gpu_bytes: float = 3.35e12
@@ -74,7 +75,7 @@ class BenchConfig:
     seed: int = 1337
 
     def __post_init__(self):
-        for name, least in ('chunk_len', 1), ('repeats', 1), ('stream', 4096), ('threads', 0), ('gpus', 1):
+        for name, least in ('repeats', 1), ('stream', 4096), ('threads', 0), ('gpus', 1):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         for name in 'gpu_flops', 'gpu_bytes', 'gpu_share':
@@ -82,9 +83,6 @@ class BenchConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.threads > 1024:
             raise ValueError(f"threads={self.threads} must be at most 1024")
-        if SHAPES[self.shape]['segment_len'] % self.chunk_len:
-            raise ValueError(f"chunk_len={self.chunk_len} must divide the segments of shape {self.shape}, "
-                             f"{SHAPES[self.shape]['segment_len']} tokens")
         wrong = set(self.measure.split(',')) - {'train', 'forward', 'memory', 'stream'}
         if wrong:
             raise ValueError(f"measure={self.measure}: '{min(wrong)}' is not one of train, forward, memory, stream")
@@ -109,7 +107,7 @@ def model_config(config, name, block_size):
     arch, _, depth = name.removesuffix('+compile').partition('-')
     if depth not in ('', '1', '2', '3', '4') or (arch == 'gpt' and depth):
         raise ValueError(f"models: '{name}' is no model; mac is one, and mac-2, of depth 2")
-    more = {n: getattr(config, n) for n in ('chunk_len', 'memory_momentum', 'num_longterm_mem', 'checkpoint_segments')}
+    more = {n: getattr(config, n) for n in ('memory_momentum', 'num_longterm_mem', 'checkpoint_segments')}
     return TitansConfig(arch=arch, block_size=block_size, memory_depth=int(depth or 1), memory_expansion=2, **more,
                         **SHAPES[config.shape])
 
@@ -157,7 +155,7 @@ class Ours:
 
 
 class Peer(Ours):
-    """The MAC of the package titans-pytorch at the shape of mac-2: segments, heads, widths, depth, chunk, momentum."""
+    """The MAC of the package titans-pytorch at the shape of mac-2: segments, heads, widths, depth, momentum."""
 
     def build(self, config, length):
         from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
@@ -165,7 +163,7 @@ class Peer(Ours):
         width = s.n_embd // s.memory_heads
         self.model = MemoryAsContextTransformer(
             num_tokens=s.vocab_size, dim=s.n_embd, depth=s.n_layer, segment_len=s.segment_len, heads=s.n_head,
-            dim_head=s.n_embd // s.n_head, num_persist_mem_tokens=s.num_persist_mem, neural_memory_segment_len=config.chunk_len,
+            dim_head=s.n_embd // s.n_head, num_persist_mem_tokens=s.num_persist_mem, neural_memory_segment_len=s.segment_len,
             neural_memory_batch_size=s.segment_len, neural_memory_model=MemoryMLP(dim=width, depth=2, expansion_factor=2.0),
             neural_memory_kwargs={'heads': s.memory_heads, 'dim_head': width}).to(self.device)
 
@@ -239,7 +237,7 @@ def plan(config):
     held, casts = BYTES_A_PARAMETER * size / 2 ** 30, 2 * size  # autocast keeps the weights it has cast, whatever the rows
     if run.checkpoint_segments:  # it casts them again, and keeps M and S of each segment
         casts = 0
-        activations += 8 * sum(p.numel() for b in model.blocks if b.memory is not None for p in b.memory.initial) * math.ceil(
+        activations += 8 * sum(b.memory.initial.numel() for b in model.blocks if b.memory is not None) * math.ceil(
             run.block_size / run.segment_len)
     print(f"{config.plan}, computed, not measured: {size:,} parameters, {tokens / 1e9:.1f}G tokens\n"
           f"  {flops / 1e9:.2f} GFLOP and {moved / 1e6:,.0f} MB a token\n"
@@ -300,7 +298,7 @@ def peak_bytes(device):
 
 def peak(config, name, rows, length):
     """Peak bytes of two training steps, and those before them."""
-    set_threads(config)
+    set_up(config)
     model = make(config, name, rows, length)
     reset_peak(model.device)
     before = peak_bytes(model.device)
@@ -438,7 +436,8 @@ def say(line):
     print(line, flush=True)
 
 
-def set_threads(config):
+def set_up(config):
+    native.use(config.kernel)
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -471,7 +470,7 @@ def main(argv):
         plan(config)
         return 0
     pyplot()  # before anything is measured: UserError if it is missing
-    set_threads(config)
+    set_up(config)
     device = torch.device(pick_device(config.device))
     kind = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     limits = machine(config)

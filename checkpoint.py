@@ -20,11 +20,11 @@ import torch
 
 from configurator import UserError
 from gpt2 import MODELS
-from model import BlockState, KVCache, MemoryState, Pending, TitansConfig, TitansState, map_state
+from model import BlockState, KVCache, MemoryState, TitansConfig, TitansState, map_state
 
-FORMAT = 5  # 1: what was learned meant something else
-READABLE = (2, 3, 4, 5)  # 2, 3: a carried state was made of other parts; 4: its rows read other text
-STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState, Pending)}
+FORMAT = 6
+OLDER = "d3538b1"  # the last commit that reads formats before 6, whose memories were written by another rule
+STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
 
 
 def save(path, content, copies=()):
@@ -120,8 +120,10 @@ def load(path):
             raise UserError(f"{path}: only sharded checkpoints here; make it with: python sharded.py {folder}")
         raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
     content = read(path, 'checkpoint', others(path))
-    if not isinstance(content, dict) or content.get('format') not in READABLE:
-        raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew")
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
+        older = isinstance(content, dict) and content.get('format') in range(1, FORMAT)
+        raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew"
+                        + f", or go back to commit {OLDER}, the last that reads it" * older)
     kinds = {'step': int, 'best_val_loss': float, 'model_config': dict, 'train_config': dict, 'tokenizer': dict,
              'provenance': dict, 'model': dict, 'optimizer': dict}
     for key, kind in kinds.items():
@@ -252,7 +254,7 @@ def build(content, path, dropout=None):
 
 def same_model(content, config, path):
     """UserError, naming both sides, if a checkpoint's architecture is not the one asked for."""
-    free = {'chunk_len', 'dropout', 'checkpoint_segments'}  # no weight depends on these
+    free = {'dropout', 'checkpoint_segments'}  # no weight depends on these
     free |= {'block_size'} if config.arch != 'gpt' else set()
     ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
     theirs = {f.name: content['model_config'].get(f.name, f.default) for f in dataclasses.fields(TitansConfig)}  # some are new

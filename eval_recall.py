@@ -19,7 +19,7 @@ import configurator
 from checkpoint import save_json
 from configurator import UserError
 from plot import pyplot, save
-from recall import PAIRS, recall_row
+from recall import ASKED, recall_row
 from sample import Reader
 from seeds import generator
 
@@ -64,10 +64,10 @@ def draw(results, path):
     axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)
     for name, parts in results.items():
         style = {'linestyle': ':', 'color': axes.lines[-1].get_color()} if name.endswith(NEVER) else {'label': name}
-        axes.plot(PAIRS, [100 * part for part in parts.values()], marker='o', markersize=4, **style)
-    axes.plot(PAIRS, [100 * chance(n) for n in PAIRS], color='black', linestyle='--', label='chance')
+        axes.plot(ASKED, [100 * part for part in parts.values()], marker='o', markersize=4, **style)
+    axes.plot(ASKED, [100 * chance(n) for n in ASKED], color='black', linestyle='--', label='chance')
     axes.set_xscale('log', base=2)
-    axes.set_xticks(PAIRS, PAIRS)
+    axes.set_xticks(ASKED, ASKED)
     axes.set(xlabel='pairs', ylabel='recalled three segments later, %', ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -77,7 +77,7 @@ def draw(results, path):
 def main(argv):
     config = configurator.load(RecallConfig, argv, __doc__)
     results = {}
-    print('recalled, %'.ljust(40) + ''.join(f'{n:>4} pairs' for n in PAIRS))
+    print('recalled, %'.ljust(40) + ''.join(f'{n:>4} pairs' for n in ASKED))
     readers = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
                for out_dir in config.out_dir.split(',')]
     for reader in readers:
@@ -87,9 +87,9 @@ def main(argv):
     for reader in readers:
         for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
             name = os.path.dirname(reader.path) + ('' if update_memory else NEVER)
-            results[name] = {n: recalled(reader, n, config, update_memory) for n in PAIRS}
+            results[name] = {n: recalled(reader, n, config, update_memory) for n in ASKED}
             print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
-    print('chance'.ljust(40) + ''.join(f'{100 * chance(n):10.1f}' for n in PAIRS))
+    print('chance'.ljust(40) + ''.join(f'{100 * chance(n):10.1f}' for n in ASKED))
     path = os.path.join(config.out_dir.split(',')[0], 'recall.json')
     save_json(path, {'config': asdict(config), 'models': models, 'recalled': results}, indent=1)
     draw(results, path.replace('.json', '.png'))

@@ -53,27 +53,26 @@ class Graft:
         context = self.retrieves or self.persist is not None
         self.gate_context = nn.Parameter(torch.zeros(config.n_embd)) if context else None  # of what stands beside the text
 
-    def remember(self, x, state, update_memory):
-        m, state = super().remember(x, state, update_memory)
-        return m if self.gate is None else self.gate * m, state
+    def join(self, m):
+        return self.gate * super().join(m)
 
     def attend(self, x, state, pos):
         """Attention over the stretch so far; beside it, gated, over the persistent tokens. As in Block."""
         here, cache, out = pos % self.window, state.kv, []
         beside = None if self.persist is None else self.attn.kv(self.persist, self.attn.kv_weights())
         sizes = pieces(here, x.size(1), self.window)
-        for q, k, v in zip(*(part.split(sizes, dim=2) for part in self.attn.qkv(x)), strict=True):
-            n, past = q.size(2), cache.k.size(2)
-            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+        for q, k, v in zip(*(part.split(sizes, dim=1) for part in self.attn.qkv(x)), strict=True):
+            n, past = q.size(1), cache.k.size(1)
+            k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
             own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
-            mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device))
+            mask = visible(n, past, 0, 1, self.window, x.device)
             y = self.attn(q, k, v, mask if own is None else mask & own[:, None, None])
             if beside is not None:
                 kv = (b.expand(x.size(0), -1, -1, -1) for b in beside)
                 y = y + self.gate_context * self.attn(q, *kv, mask.new_ones(n, self.persist.size(1)))
             here = (here + n) % self.window
             seen = slice(None if here else past + n, None)  # nothing of a stretch that is full
-            cache = KVCache(k[:, :, seen], v[:, :, seen], None, None if own is None else own[:, seen])
+            cache = KVCache(k[:, seen], v[:, seen], None if own is None else own[:, seen])
             out.append(y)
         return torch.cat(out, dim=1), state._replace(kv=cache)
 
@@ -91,17 +90,14 @@ class GPT2MALBlock(Graft, MALBlock):
 
 
 class GPT2MACBlock(Graft, MACBlock):
-    def look(self, q, kv, at):
+    def look(self, q, kv, mask, length):
         """As in MACBlock, with a softmax for the text and one, gated, for what stands beside it."""
-        first = sum(0 if x is None else x.size(1) for x in (self.persist, self.questions))
-        each = self.retrieves and self.questions is None  # of the rest, every other token was retrieved
-        text = torch.arange(first + each, kv.k.size(2), 1 + each, device=q.device)
-        y = self.attn(q, kv.k[:, :, text], kv.v[:, :, text], visible(at, kv.pos[text]))
+        beside = kv.k.size(1) - length
+        mask = torch.ones(q.size(1), kv.k.size(1), dtype=torch.bool, device=q.device) if mask is None else mask
+        y = self.attn(q, kv.k[:, beside:], kv.v[:, beside:], mask[:, beside:])
         if self.gate_context is None:
             return y
-        rest = torch.arange(first, device=q.device)
-        rest = torch.cat((rest, text - 1)) if each else rest
-        return y + self.gate_context * self.attn(q, kv.k[:, :, rest], kv.v[:, :, rest], visible(at, kv.pos[rest]))
+        return y + self.gate_context * self.attn(q, kv.k[:, :beside], kv.v[:, :beside], mask[:, :beside])
 
 
 BLOCKS = {'mac': GPT2MACBlock, 'mag': GPT2MAGBlock, 'mal': GPT2MALBlock, 'gpt': GPT2GPTBlock}

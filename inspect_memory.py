@@ -33,6 +33,7 @@ from recorder import TOKEN, WRITE, record
 from sample import Reader
 
 MOST_WINDOWS = 400  # points of a curve
+WINDOW = 64  # tokens a point is of, where there are no segments
 MOST_COLUMNS = 1500  # of memory_text.png
 
 
@@ -87,7 +88,7 @@ def losses(reader, ids, update_memory, bar):
     """Loss of each token after the first, given all before it, in nats. -> list of len(ids) - 1"""
     idx = torch.tensor([ids], device=reader.device)
     targets, out, state = F.pad(idx[:, 1:], (0, 1), value=-1), [], None
-    size = reader.model.config.block_size
+    size = reader.model.config.block_size if reader.model.config.arch == 'mac' else WINDOW  # norms are seen between calls
     for piece, target in zip(idx.split(size, dim=1), targets.split(size, dim=1), strict=True):
         with reader.autocast:
             logits, _, state = reader.model(piece, target, state, update_memory)
@@ -172,7 +173,7 @@ def totals(reader, content, whole):
     """What stands on top of the page: [(label, value, small print)]"""
     model, on, off = reader.model, np.mean(content['loss'][1:]), np.mean(content['loss_off'][1:])
     memories = [block.memory for block in model.blocks if block.memory is not None]
-    written = sum(w.numel() for memory in memories for w in memory.initial)
+    written = sum(memory.initial.numel() for memory in memories)
     parameters = sum(p.numel() for p in model.parameters())
     ours = sum(p.numel() for memory in memories for p in memory.parameters())
     c = model.config
@@ -204,15 +205,14 @@ def main(argv):
     if not whole:
         print(f"{config.text}: the first {len(ids):,} tokens; for more: --max_tokens=", file=sys.stderr)
     content, segment_len = read(reader, ids), options.segment_len if options.arch == 'mac' else 0
-    ends, curves = windows(content, segment_len or options.chunk_len)
+    ends, curves = windows(content, segment_len or WINDOW)
     sums = totals(reader, content, whole)
     name = 'standard input' if config.text == '-' else os.path.basename(os.fsencode(config.text)).decode(errors='replace')
     with beside(html) as partial, open(partial, 'w', encoding='utf-8', newline='') as f:
-        f.write(inspect_page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len,
-                                  options.chunk_len))
+        f.write(inspect_page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len))
     files = ('memory_tokens.json', *('memory_text.png', 'memory_norms.png') * config.png)
     written = [html, *(os.path.join(config.out_dir, file) for file in files)]
-    save_json(written[1], {'text': name, 'segment_len': segment_len, 'chunk_len': options.chunk_len, **content})
+    save_json(written[1], {'text': name, 'segment_len': segment_len, **content})
     if config.png:
         draw_text(content, segment_len, written[2])
         draw_norms(ends, curves, content['blocks'], written[3])

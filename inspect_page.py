@@ -81,12 +81,12 @@ NOTES = {'|M|': 'size of the memory', '|S|': 'size of its momentum', 'read': 'si
          'surprise': 'size of M(k) − v', 'nats won': 'a token, by writing'}
 
 
-def page(name, totals, cells, content, ends, curves, segment_len, chunk_len):
+def page(name, totals, cells, content, ends, curves, segment_len):
     """-> the HTML. totals [(label, value, note)], cells [(text, tokens)], curves {name: (layers or 1, windows)} at `ends`."""
     blocks, tokens = content['blocks'], len(content['tokens'])
     data = [f'"{key}":{rows(content[key])}' for key in TOKEN]
     data += [f'"{key}":{rows(content[key], ".4f")}' for key in ('loss', 'loss_off')]  # their difference has to be right too
-    data += [f'"blocks":{json.dumps(blocks)},"segment":{segment_len},"chunk":{chunk_len}']
+    data += [f'"blocks":{json.dumps(blocks)},"segment":{segment_len}']
     parts = {
         'NAME': escape(name),
         'TOTALS': ''.join(f'<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>'
@@ -221,7 +221,7 @@ const first = [], cellOf = []  // the first token of a cell, the cell of a token
 cells.forEach((el, i) => { first.push(cellOf.length); for (let n = +(el.dataset.n || 1); n--;) cellOf.push(i) })
 first.push(T)
 const NOTES = {
-  surprise: 'root mean square, in the unit of v, at the memory that the token’s chunk began with',
+  surprise: 'root mean square, in the unit of v, at the memory that the token found',
   share: '1: as far off as answering nothing; 0: it knew v',
   theta: 'how much of the surprise is written', eta: 'how much of past surprise goes on',
   alpha: 'how much of the memory is forgotten at the token', read: 'root mean square of what is read after the token',
@@ -282,8 +282,7 @@ function look(t) {
   make(panel, 'h2', seen)
   let where = `token ${(t + 1).toLocaleString('en')} of ${T.toLocaleString('en')}`
   if (n > 1) where += `, ${t - first[i] + 1} of ${n} of this character`
-  const unit = D.segment || D.chunk
-  where += `; ${t % unit + 1} of ${unit} in ${D.segment ? 'segment' : 'chunk'} ${Math.floor(t / unit) + 1}`
+  if (D.segment) where += `; ${t % D.segment + 1} of ${D.segment} in segment ${Math.floor(t / D.segment) + 1}`
   make(panel, 'p', where)
   const loss = make(panel, 'dl', undefined, 'loss')
   const sums = [['loss', D.loss[t]], ['without memory', D.loss_off[t]], ['won', won[t], won[t] > 0 ? 'up' : 'down']]

@@ -17,7 +17,7 @@ import checkpoint
 from configurator import UserError
 from model import TitansConfig, map_state
 
-FORMAT = 2  # 1: other contents could have the same sum
+FORMAT = 3  # 1: other contents could have the same sum; 2: another rule wrote them
 
 
 def digest(content):
@@ -45,7 +45,7 @@ def model_of(content):
     """Whose memory it is: what a checkpoint's content says of its model, and a sum over all that a state depends on."""
     config = content['model_config']
     options = TitansConfig(**config)  # a checkpoint from before an option does not name it
-    names = ('arch', 'n_layer', 'n_embd', 'memory_heads', 'memory_depth', 'chunk_len')
+    names = ('arch', 'n_layer', 'n_embd', 'memory_heads', 'memory_depth')
     shape = {name: getattr(options, name) for name in names}
     free = ('dropout', 'checkpoint_segments')  # a state does not depend on these
     rest = {name: value for name, value in sorted(config.items()) if name not in free}

@@ -2,25 +2,13 @@
 Titans: Learning to Memorize at Test Time (Behrouz, Zhong, Mirrokni; arXiv 2501.00663).
 
 A Titans model has three memories. Short-term: attention inside a segment. Persistent: a few learned tokens, the same for
-every input. Long-term: a small MLP, one per sequence, layer and head, whose weights are trained by gradient descent
-*while the model reads*. What the MLP cannot yet predict is a surprise, and surprise is what is written.
+every input. Long-term: a small network, one per sequence, layer and head, whose weights are trained by gradient descent
+*while the model reads*. What it cannot yet predict is a surprise, and surprise is what is written.
 
-    symbol   here        meaning                                                       shape
-    M        weights     long-term memory: the weights of an MLP, one matrix a layer   (B, H, out, in), float32
-    S        surprise    momentum of past surprise                                     as M
-    theta    theta       inner learning rate                                           (B, H, T)
-    eta      eta         surprise decay (momentum); some TTT code calls theta eta      (B, H, T), in (0, 1)
-    alpha    alpha       forget gate; alpha = 1 clears the memory                      (B, H, T), in (0, 1)
-    k, v, q  k, v, q     memory keys, values, queries (attention has its own)          (B, H, T, D)
-    b        chunk_len   tokens whose gradients are all taken at the same weights
-    C        segment_len tokens one MAC attention sees, a multiple of chunk_len; *chunk* and *segment* never swap
+The long-term memory, its rule and its symbols (M, S, theta, eta, alpha, k, v, q) are memory.py's. What the paper calls C, the
+tokens that one MAC attention sees, is segment_len.
 
-    Loss      l(M; k, v) = |M(k) - v|^2
-    Surprise  S_t = eta_t S_{t-1} - theta_t grad l(M_c; k_t, v_t)      M_c: the memory when t's chunk began
-    Memory    M_t = (1 - alpha_t) M_{t-1} + S_t
-    Read      y_t = M_t(q_t), changes nothing
-
-Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, N tokens of the open chunk, P persistent.
+Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, n tokens of a segment, P persistent.
 """
 import functools
 import itertools
@@ -34,7 +22,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import wide
+from deep import memory_of
+from memory import CompiledMethods, MemoryState, NeuralMemory, map_state, where  # noqa: F401 (from model import NeuralMemory)
+from sampling import sample_token
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -56,19 +46,18 @@ class TitansConfig:
     segment_len: int = 128      # mac: tokens one attention sees
     checkpoint_segments: bool = False  # mac: the backward runs each segment again instead of keeping what was in between
     window_len: int = 128       # mag, mal: tokens one token's attention sees, itself included
-    chunk_len: int = 64         # tokens whose surprise is measured at the same memory; mac: divides segment_len
     num_persist_mem: int = 4    # learned tokens in front of every segment or window
     num_longterm_mem: int = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
-    memory_depth: int = 1       # layers of the memory MLP, 1 (linear) to 4
-    memory_expansion: int = 2   # its hidden width over its input width
+    memory_depth: int = 1       # layers of the memory: 1 (linear), or 2 to 4 (an MLP, deep.py)
+    memory_expansion: int = 2   # of an MLP: hidden width over input width
+    memory_values: int = 0      # of memory_depth 2: numbers of a head's value that are kept (FeatureMemory); 0 = an MLP
     memory_heads: int = 12      # independent memories of width n_embd / memory_heads
     memory_conv: int = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
     memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'  # hard: clamped linear, can be exactly 0
-    memory_lr: float = 0.1      # where theta starts
-    memory_momentum: float = 0.5   # where eta starts; 0 = no momentum at all
+    memory_lr: float = 0.4      # where theta starts, over the largest it may be (NeuralMemory.largest_step)
+    memory_momentum: float = 0.0   # where eta starts; 0 = no momentum at all
     memory_decay: float = 0.001    # where alpha starts: half of the memory is gone after ln 2 / alpha tokens
     memory_layers: str = 'all'  # blocks that have a memory: 'all', 'none' or a list such as '0,2'
-    memory_stable: bool = True  # clip each token's error, bound its step as if eta stayed what it is at that token
 
     def __post_init__(self):
         if self.arch not in BLOCKS:
@@ -81,7 +70,7 @@ class TitansConfig:
             if not ok and not unused & set(names):
                 raise ValueError(message)
 
-        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'window_len', 'chunk_len', 'memory_heads',
+        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'window_len', 'memory_heads',
                      'memory_expansion'):
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1", name)
         for name in ('vocab_size', 'num_persist_mem', 'num_longterm_mem', 'memory_conv'):
@@ -92,11 +81,12 @@ class TitansConfig:
         need(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4; the nearest is "
              f"{min(max(self.memory_depth, 1), 4)}", 'memory_depth')
-        need(self.segment_len % max(self.chunk_len, 1) == 0, f"segment_len={self.segment_len} must be a multiple of chunk_len="
-             f"{self.chunk_len}; segment_len={nearest(self.segment_len, self.chunk_len)} is", 'segment_len', 'chunk_len')
+        need(self.memory_values == 0 or (self.memory_depth == 2 <= self.memory_expansion and 0 < self.memory_values),
+             f"memory_values={self.memory_values} needs memory_depth=2 and memory_expansion of 2 or more", 'memory_values')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
             value, ends = getattr(self, name), (0 if name == 'memory_momentum' else None, None)
-            ends = ends if self.memory_gates == 'sigmoid' else (0, 1)  # those that a gate may start at
+            if self.memory_gates != 'sigmoid':  # those that a gate may start at
+                ends = (0, None if name == 'memory_momentum' else 1)  # with eta = 1 nothing would ever be written
             need(0 < value < 1 or value in ends, f"{name}={value} must be in {'(' if ends[0] is None else '['}0, 1"
                  f"{')' if ends[1] is None else ']'} with memory_gates='{self.memory_gates}'", name)
             if self.memory_gates == 'sigmoid':
@@ -124,6 +114,9 @@ class TitansConfig:
                     + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
                     + f"n_embd={nearest(C, least * heads)} fits")
 
+        if blocks and self.memory_values > C // self.memory_heads:
+            raise ValueError(f"memory_values={self.memory_values} must be at most {C // self.memory_heads}, a head's width")
+
     def memory_blocks(self):
         """The indices of the blocks that have a memory. ValueError if memory_layers is no list of them."""
         if 'memory_layers' in BLOCKS[self.arch].unused or self.memory_layers == 'none':
@@ -144,7 +137,7 @@ class TitansConfig:
 
     def unused(self):
         """The names of the options that make no difference to this architecture, or without a memory."""
-        of_memory = {'chunk_len', 'num_longterm_mem', *(f.name for f in fields(TitansConfig) if f.name.startswith('memory_'))}
+        of_memory = {'num_longterm_mem', *(f.name for f in fields(TitansConfig) if f.name.startswith('memory_'))}
         return {*BLOCKS[self.arch].unused, *(of_memory - {'memory_layers'} if not self.memory_blocks() else ())}
 
 
@@ -157,52 +150,24 @@ def nearest(n, unit):
 # state: everything a sequence carries from one call to the next. Nothing is ever written in place.
 
 
-class Pending(NamedTuple):
-    """The tokens of an open chunk, N of them: already written, but still of account for how far the next may step."""
-    inputs: tuple     # what each memory layer saw of the keys      (B, H, N, in) a layer
-    deltas: tuple     # what came back to its output side           (B, H, N, out) a layer
-    rate: torch.Tensor   # what a step comes to if eta stays as it is, theta / (1 - eta)   (B, H, N)
-
-
-class MemoryState(NamedTuple):
-    weights: tuple    # M after the last token                      (B, H, out, in) a layer
-    surprise: tuple   # S after the last token                      as weights
-    begin: tuple      # M when the open chunk began: where its surprise is measured   as weights
-    pending: Pending
-    tail: torch.Tensor   # the convolution's last inputs            (B, memory_conv - 1, 3C)
-    written: torch.Tensor  # theta, eta and alpha summed over the tokens read   (B, H, 3)
-
-
 class KVCache(NamedTuple):
     """Positions, and the rotation of keys, count inside a segment or a pair of windows: they never run out."""
-    k: torch.Tensor   # (B, n_head, S, C / n_head)
+    k: torch.Tensor   # of the last S tokens, in mac of this segment's context and then its tokens   (B, S, n_head, D)
     v: torch.Tensor   # as k
-    pos: torch.Tensor | None  # mac: where in its segment each key stands (S,); elsewhere they are the last S read
     own: torch.Tensor | None = None  # which keys are of the text its row is in now (B, S); None: all
 
 
 class BlockState(NamedTuple):
     kv: KVCache | None              # None: a block without attention
     memory: MemoryState | None      # None: a block without memory
-    base: tuple = ()                # mac: the weights this segment reads its context from, M when it began
-    tail: torch.Tensor | None = None  # mac: the retrieval convolution's last inputs   (B, memory_conv - 1, C)
+    base: torch.Tensor | None = None  # mac: M when this segment began, which its context is read from
+    tail: torch.Tensor | None = None  # mac: the retrieval convolution's last inputs   (B, memory_conv - 1, H, D)
     last: torch.Tensor | None = None  # mac: last hidden state of the segment before   (B, 1, C)
 
 
 class TitansState(NamedTuple):
     pos: int          # tokens read so far, the same for every row
     blocks: tuple     # one BlockState a layer
-
-
-def map_state(fn, *states):
-    """Apply fn to the matching tensors of states (any of the NamedTuples above), keeping the structure."""
-    first = states[0]
-    if isinstance(first, torch.Tensor):
-        return fn(*states)
-    if isinstance(first, tuple):
-        items = [map_state(fn, *parts) for parts in zip(*states, strict=True)]
-        return type(first)(*items) if hasattr(first, '_fields') else tuple(items)
-    return first
 
 
 def detach_state(state):
@@ -217,11 +182,6 @@ def uncounted(state):
         for b in state.blocks))
 
 
-def where(rows, new, old):
-    """Of the states `new` for the rows (B,) that are True, of `old` for the others."""
-    return map_state(lambda a, b: torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b), new, old)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # small parts
 
@@ -232,284 +192,51 @@ def pieces(filled, T, size):
     return [first] + [size] * ((T - first) // size) + [(T - first) % size] * ((T - first) % size > 0)
 
 
-def visible(q_pos, k_pos, window=None):
-    """Which keys (S,) each query (T,) may see: none from its future, none `window` or more behind.   (T, S) bool"""
-    distance = q_pos[:, None] - k_pos[None, :]
-    return (distance >= 0) & (distance < (window or math.inf))
+def places(begin, T, size, device):
+    """Where T tokens stand in units of `size`, the first at `begin`: an index for tables of `size` rows."""
+    return slice(begin, begin + T) if begin + T <= size else (begin + torch.arange(T, device=device)) % size
 
 
-def rotary(length, width, dtype, device):
-    """cos and sin of rotary positions (Su et al., arXiv 2104.09864) 0 to length-1.   2 of (length, width)"""
-    real = type(torch.empty(0, device=device)) is torch.Tensor  # not of torch.export or FakeTensorMode, which must not be kept
-    return (kept_rotary if real else compute_rotary)(length, width, dtype, device)
+def kept(function):
+    """The function with its last results kept, but not those of torch.export and FakeTensorMode, which are not real."""
+    cached = functools.lru_cache(64)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        real = not torch.compiler.is_compiling() and type(torch.empty(0)) is torch.Tensor
+        return (cached if real else function)(*args)
+    return call
 
 
-def compute_rotary(length, width, dtype, device, base=10000.0):
+@kept
+def rotary(length, width, still, dtype, device, base=10000.0):
+    """
+    cos and sin of rotary positions (Su et al., arXiv 2104.09864) 0 to length-1, for any number of heads; the slowest `still`
+    pairs of channels do not turn at all.   2 of (length, 1, width)
+    """
     with torch.inference_mode(False):  # kept for calls of any kind
         exact = torch.float32 if device.type == 'mps' else torch.float64
         freq = base ** (-torch.arange(width // 2, device=device, dtype=exact) / (width // 2))
-        angle = torch.arange(length, device=device, dtype=exact)[:, None] * freq
+        freq[width // 2 - still:] = 0
+        angle = torch.arange(length, device=device, dtype=exact)[:, None, None] * freq
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-kept_rotary = functools.lru_cache(8)(compute_rotary)
-
-
-class CompiledMethods(nn.Module):
+@kept
+def visible(n, past, front, copies, window, device):
     """
-    A module of which single methods can be compiled. A compiled method stays bound to the module that it was compiled for, so
-    copies and pickles leave it out: they run their own, not compiled.
+    Which keys each of n queries may see (n, front + copies * (past + n)) bool: the `front`, and of the tokens so far, `past`
+    and then its own n, those neither after it nor `window` or more before it. Keys may be there in several copies, one row
+    of them after the other.
     """
-
-    def compile_methods(self, *names):
-        for name in names:
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
-
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if not (callable(v) and hasattr(type(self), k))}
+    with torch.inference_mode(False):
+        seen = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past).triu(past - window + 1)
+        return torch.cat((seen.new_ones(n, front), *[seen] * copies), dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the long-term memory
-
-
-class NeuralMemory(CompiledMethods):
-    """
-    H independent memories of width D = C / H, each an MLP M(k) = W_n g(... g(W_1 k)) with g = kernels.features,
-    written to by the update at the top of this file, in its closed form over a chunk.
-
-    With L(x)[t, s] = prod_{s < j <= t} x_j, a_i and d_i the input and output-side delta of token i in one layer (its
-    gradient is the outer product d_i a_i^T), and C = L(1 - alpha) L(eta) diag(theta), that form is
-        M_t r = beta_t M_0 r + F_t S_0 r - sum_{i <= t} C[t, i] (a_i . r) d_i
-    with beta and F the products that carry M_0 and S_0 to t. Every term is a matrix product, no token has weights of its
-    own. A chunk may arrive in pieces: each goes on from the M and S that the last left, its surprise still measured at M_0.
-    """
-
-    ERROR_CLIP = 1.0  # memory_stable: the largest root mean square of M(k) - v that counts in full (a Huber loss)
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.head_dim = config.memory_heads, config.n_embd // config.memory_heads
-        self.chunk_len, self.kernel = config.chunk_len, config.memory_conv
-        self.limit = 2 * self.ERROR_CLIP * math.sqrt(self.head_dim) if config.memory_stable else math.inf  # of |d|
-        H, D, C = self.n_head, self.head_dim, config.n_embd
-        self.c_qkv = nn.Linear(C, 3 * C, bias=False)
-        self.conv = nn.Parameter(torch.empty(3 * C, self.kernel, 1)) if self.kernel else None  # 3-d: no weight decay
-        widths = [D] + [config.memory_expansion * D] * (config.memory_depth - 1) + [D]
-        self.initial = nn.ParameterList(torch.empty(H, o, i) for i, o in itertools.pairwise(widths))  # M_0
-        self.gates, self.start = config.memory_gates, (config.memory_lr, config.memory_momentum, config.memory_decay)
-        self.learned = tuple(s for i, s in enumerate(self.start) if i != 1 or s > 0)  # no momentum: no gate for it
-        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, len(self.learned) * H)
-        self.gain = nn.Parameter(torch.empty(2, H, 1, D))  # of what is read, of the query beside it
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """
-        c_qkv      N(0, 1/C), the same for q and k
-        conv       q: a random mix of this token and the K-2 before it; k: the same mix, one token back; v: this token.
-                   So M(q_t) begins as what followed the last tokens the last time they came: an induction head
-        initial    N(0, 1 / HIDDEN^2), last layer 0    |k| = 1 gives features of length 1; an empty memory reads 0
-        c_gates    weight 0, bias such that theta, eta, alpha start where the config says
-        gain       0.1             what is read should not drown the stream before it means something
-        """
-        C, K = self.c_qkv.in_features, self.kernel
-        nn.init.normal_(self.c_qkv.weight, std=C ** -0.5)
-        with torch.no_grad():
-            self.c_qkv.weight[:C] = self.c_qkv.weight[C:2 * C]
-            if self.conv is not None:
-                mix = torch.randn(C, K - 1, 1) * (K - 1) ** -0.5
-                nn.init.normal_(self.conv, std=0.1)
-                self.conv[:C], self.conv[C:2 * C] = F.pad(mix, (0, 0, 1, 0)), F.pad(mix, (0, 0, 0, 1))
-                self.conv[2 * C:, -1] += 1
-        for layer in self.initial[:-1]:
-            nn.init.normal_(layer, std=1 / kernels.HIDDEN)
-        nn.init.zeros_(self.initial[-1])
-        nn.init.constant_(self.gain, 0.1)
-        if self.c_gates is not None:
-            nn.init.zeros_(self.c_gates.weight)
-            nn.init.zeros_(self.c_gates.bias)
-            if self.gates == 'sigmoid':
-                start = torch.tensor(self.learned).logit().repeat_interleave(self.n_head)
-                self.c_gates.bias.data.copy_(start)
-
-    def init_state(self, batch_size):
-        """A fresh memory: M_0, no surprise, nothing pending."""
-        weights = tuple(wide(w).expand(batch_size, *w.shape).clone() for w in self.initial)  # FSDP frees what parameters lie in
-        return MemoryState(weights, tuple(torch.zeros_like(w) for w in weights), weights, self.no_pending(batch_size),
-                           self.gain.new_zeros(batch_size, max(self.kernel - 1, 0), self.c_qkv.out_features),
-                           weights[0].new_zeros(batch_size, self.n_head, 3))
-
-    def restart(self, state, rows):
-        """The rows (B,) that are True begin afresh; what was ever written goes on being counted."""
-        if state.pending.rate.size(-1):
-            raise ValueError(f"a text can only begin where a chunk of chunk_len={self.chunk_len} tokens does")
-        return where(rows, self.init_state(rows.size(0)), state)._replace(written=state.written)
-
-    def no_pending(self, batch_size):
-        def empty(*width):
-            return wide(self.gain.new_empty(batch_size, self.n_head, 0, *width))
-        return Pending(tuple(empty(w.size(2)) for w in self.initial), tuple(empty(w.size(1)) for w in self.initial), empty())
-
-    # -- what depends on the input alone
-
-    def heads(self, x):
-        """(B, T, n * C) -> (n, B, H, T, D), in float32 or the precision of the parameters, whatever autocast says."""
-        x = x.unflatten(2, (-1, self.n_head, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return x.to(wide(self.gain).dtype).contiguous()  # so that products of matrices need no copies
-
-    def unit(self, x):
-        """x at unit length, but for what is next to nothing: at first the first key of a text is exactly 0."""
-        return kernels.unit(x, 0.1)
-
-    def project(self, x, weight, conv, tail):
-        """x (B, T, C) -> its projection through conv and SiLU (B, T, out), and the conv's new tail"""
-        x = F.linear(x, weight)
-        if conv is not None:
-            T, x = x.size(1), torch.cat((tail.to(x.dtype), x), dim=1)  # (B, K-1+T, out)
-            x, tail = kernels.causal_conv(x, conv.squeeze(2).to(x.dtype)), x[:, T:].clone()  # a view would hold on to all of x
-        return F.silu(x), tail
-
-    def query(self, x, tail):
-        """The query of each token of x (B, T, C) alone. -> q (B, H, T, D), new tail (B, K-1, C)"""
-        C = x.size(2)
-        q, tail = self.project(x, self.c_qkv.weight[:C], None if self.conv is None else self.conv[:C], tail)
-        return self.unit(self.heads(q)[0]), tail
-
-    def gate(self, x):
-        """theta, eta, alpha of each token of x (B, T, C), in float32 at least: 1 - alpha needs it.   3 of (B, H, T)"""
-        B, T, _ = x.shape
-        if self.c_gates is None:
-            return tuple(wide(self.gain).new_full((B, self.n_head, T), s) for s in self.start)
-        weight, bias = wide(self.c_gates.weight), wide(self.c_gates.bias)
-        z = F.linear(x.to(weight.dtype), weight, bias).mT.unflatten(1, (-1, self.n_head))  # (B, 3 or 2, H, T)
-        if self.gates == 'sigmoid':
-            gates = z.sigmoid().unbind(1)
-        else:  # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
-            gates = [(s + max(s * (1 - s), 1e-4) * g).clamp(0, 1) for s, g in zip(self.learned, z.unbind(1), strict=True)]
-        return tuple(gates) if len(gates) == 3 else (gates[0], torch.zeros_like(gates[0]), gates[1])
-
-    # -- the memory MLP at given weights
-
-    def read(self, weights, q):
-        """M(q) for one M a sequence. q (B, H, T, D) -> (B, H, T, D)"""
-        for i, w in enumerate(weights):
-            q = (kernels.features(q) if i else q) @ w.mT
-        return q
-
-    def surprise(self, weights, k, v):
-        """Forward and backward of |M(k) - v|^2 for each token at `weights`: inputs a and deltas d of every layer."""
-        inputs, pre = [k], []
-        for w in weights[:-1]:
-            pre.append(inputs[-1] @ w.mT)  # (B, H, n, out)
-            inputs.append(kernels.features(pre[-1]))
-        d = 2 * (inputs[-1] @ weights[-1].mT - v)
-        if self.limit < math.inf:
-            d = d * (self.limit / torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(self.limit))
-        deltas = [d]
-        for w, z in zip(weights[:0:-1], pre[::-1], strict=True):
-            deltas.append(kernels.through_features(deltas[-1] @ w, z))  # (B, H, n, out of the layer below)
-        return tuple(inputs), tuple(deltas[::-1])
-
-    def step_size(self, theta, pending):
-        """
-        theta (B, H, n) of the last tokens of pending; with memory_stable divided by max(1, 2 sum_{j <= i} rate_j |g_i . g_j|),
-        a running bound on how far the chunk's steps so far can push this token's prediction (g: gradients for errors of unit
-        length). rate_j is theta_j / (1 - eta_j), with the token's own eta: while eta stays the same in a chunk the whole step
-        is a contraction, however alike the keys are. An eta that grows carries a step further: the same key 64 times, with
-        theta 0.5, 0, 0, ... and eta 0, 1, 1, ..., takes its error from 1 to 63.   (B, H, n)
-        """
-        if self.limit == math.inf:
-            return theta
-        n, overlap = theta.size(-1), 0
-        last = torch.linalg.vector_norm(pending.deltas[-1], dim=-1, keepdim=True).clamp_min(1e-6)
-        for a, d in zip(pending.inputs, pending.deltas, strict=True):
-            if d is not pending.deltas[-1]:
-                a = a * (torch.linalg.vector_norm(d, dim=-1, keepdim=True) / last)
-            overlap = overlap + (a[:, :, -n:] @ a.mT).abs()  # (B, H, n, N)
-        reach = overlap.tril(pending.rate.size(-1) - n) @ pending.rate[..., None]  # (B, H, n, 1)
-        return theta / (2 * reach.squeeze(-1)).clamp_min(1)
-
-    # -- writing
-
-    def write(self, state, q, k, v, gates):
-        """
-        Write n tokens that fit into the open chunk; read each from the memory it left. -> y (B, H, n, D), state
-        This is the rule as it can be read; kernels.chunk is the same for a whole chunk, and fast.
-        """
-        (theta, eta, alpha), n = gates, k.size(2)
-        if n == self.chunk_len:  # a whole chunk: the same in one piece
-            y, *after = kernels.chunk(self.limit, q, k, v, *gates, *state.weights, *state.surprise)
-            weights, surprise = tuple(after[:len(after) // 2]), tuple(after[len(after) // 2:])
-            return y, state._replace(weights=weights, surprise=surprise, begin=weights)
-        inputs, deltas = self.surprise(state.begin, k, v)
-        pending = Pending(inputs, deltas, theta / (1 - eta).clamp_min(1e-3))
-        if state.pending.rate.size(-1):
-            pending = map_state(lambda *pair: torch.cat(pair, dim=2), state.pending, pending)
-        step = self.step_size(theta, pending)
-        # how the M and S that the tokens found, and the tokens' gradients, enter each M_t and the last S
-        sums = F.pad(kernels.log_products(torch.stack((1 - alpha, eta))), (1, 0))  # (2, B, H, n+1)
-        keep, momentum = kernels.products(sums, theta.dtype)  # (B, H, n+1, n+1)
-        mixed = keep[..., 1:, 1:] @ momentum[..., 1:, :]  # (B, H, n, n+1)
-        beta, carry, coef = keep[..., 1:, :1], mixed[..., :1], mixed[..., 1:] * step[..., None, :]  # (B, H, n, 1), 1, n
-        into_s = momentum[..., -1, 1:] * step  # (B, H, n)
-        layers = list(zip(state.weights, state.surprise, inputs, deltas, strict=True))
-        weights = tuple(beta[..., -1:, :] * m + carry[..., -1:, :] * s - (d * coef[..., -1, :, None]).mT @ a
-                        for m, s, a, d in layers)
-        surprise = tuple(momentum[..., -1:, :1] * s - (d * into_s[..., None]).mT @ a for _, s, a, d in layers)
-        if n == 1:  # the memory it left is the one carried on
-            y = self.read(weights, q)
-        else:
-            y = q
-            for i, (m, s, a, d) in enumerate(layers):
-                y = kernels.features(y) if i else y
-                y = beta * (y @ m.mT) + carry * (y @ s.mT) - (coef * (y @ a.mT)) @ d  # (B, H, n, out)
-        full = pending.rate.size(-1) == self.chunk_len
-        return y, state._replace(weights=weights, surprise=surprise, begin=weights if full else state.begin,
-                                 pending=self.no_pending(k.size(0)) if full else pending)
-
-    def output(self, y, q, dtype):
-        """
-        What was read, bounded, and the query beside it: the residual of the paper's M(x) = x + ..., kept out of what is
-        learned at test time. A read's size says how sure the memory is, so a small one stays small. -> (B, T, C)
-        """
-        y_gain, q_gain = wide(self.gain)
-        y = kernels.rms_norm(y, y_gain, 1.0)  # y / sqrt(1 + mean y^2)
-        out = torch.addcmul(y, q, q_gain * math.sqrt(self.head_dim))  # (B, H, T, D), of size 0.1 at first
-        return out.transpose(1, 2).flatten(2).to(dtype)
-
-    def forward(self, x, state=None, update_memory=True):
-        """
-        Write x (B, T, C), any T >= 1, and read after each token: y_t = M_t(q_t). -> out (B, T, C), state
-        update_memory=False reads the memory as it is and leaves it so.
-        """
-        if state is None:
-            state = self.init_state(x.size(0))
-        qkv, tail = self.project(x, self.c_qkv.weight, self.conv, state.tail)
-        with torch.autocast(x.device.type, enabled=False):
-            gates = self.gate(x)
-            qkv = self.heads(qkv)
-            (q, k), v = self.unit(qkv[:2]), qkv[2]  # (B, H, T, D)
-            state = state._replace(tail=tail)
-            if not update_memory:
-                return self.output(self.read(state.weights, q), q, x.dtype), state
-            state = state._replace(written=state.written + torch.stack(gates, dim=-1).sum(2))
-            sizes, out = pieces(state.pending.rate.size(-1), x.size(1), self.chunk_len), []
-            # so far everything was done for the whole call at once; only this, chunk after chunk, has to wait for the last
-            for q_, k_, v_, *gates_ in zip(*(part.split(sizes, dim=2) for part in (q, k, v, *gates)), strict=True):
-                y, state = self.write(state, *(x.contiguous() for x in (q_, k_, v_)), gates_)
-                out.append(y)
-            return self.output(torch.cat(out, dim=2), q, x.dtype), state
-
-    def retrieve(self, x, state):
-        """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
-        q, _ = self.query(x, state.tail[..., :x.size(2)])
-        return self.recall(q, state.weights, x.dtype)
-
-    def recall(self, q, weights, dtype):
-        """Read queries (B, H, T, D) from given weights. -> (B, T, C)"""
-        with torch.autocast(q.device.type, enabled=False):
-            return self.output(self.read(weights, q), q, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -535,23 +262,20 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def empty_cache(self, batch_size):
-        k = self.c_attn.weight.new_empty(batch_size, self.n_head, 0, self.c_proj.in_features // self.n_head)
-        return KVCache(k, k, None)
+        k = self.c_attn.weight.new_empty(batch_size, 0, self.n_head, self.c_proj.in_features // self.n_head)
+        return KVCache(k, k)
 
-    def split(self, x):
-        return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, D)
-
-    def angles(self, x, length, at=slice(None)):
-        """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C).   2 of (len(at), D)"""
-        return [table[at] for table in rotary(length, x.size(2) // self.n_head, x.dtype, x.device)]
+    def angles(self, x, length, at=slice(None), still=0):
+        """cos and sin of positions `at` of 0 to length-1 for heads of x (B, T, C).   2 of (len(at), 1, D)"""
+        return [table[at] for table in rotary(length, x.size(2) // self.n_head, still, x.dtype, x.device)]
 
     def turn(self, x, angles):
         return kernels.rotate(x, *angles)
 
     def qkv(self, x, angles=None):
-        """x (B, T, C) -> q, k, v (B, n_head, T, D), the first two turned by angles, cos and sin (T, D)."""
-        q, k, v = (self.split(part) for part in self.c_attn(x).chunk(3, dim=-1))
-        return self.turn(q, angles), self.turn(k, angles), v
+        """x (B, T, C) -> q, k, v (B, T, n_head, D), the first two turned by angles, cos and sin (T, 1, D)."""
+        qk, v = self.c_attn(x).unflatten(2, (3 * self.n_head, -1)).split((2 * self.n_head, self.n_head), dim=2)
+        return *self.turn(qk, angles).chunk(2, dim=2), v
 
     def kv_weights(self):
         """Of the projection to keys and values alone, for kv(): cut out once a call, for many segments."""
@@ -559,41 +283,49 @@ class Attention(nn.Module):
         return self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]
 
     def kv(self, x, weights, angles=None):
-        """k, v (B, n_head, T, D) of tokens that ask nothing themselves (persistent, retrieved); no angles: at position 0."""
-        k, v = (self.split(part) for part in F.linear(x, *weights).chunk(2, dim=-1))
+        """k, v (B, T, n_head, D) of tokens that ask nothing themselves (persistent, retrieved); no angles: at position 0."""
+        k, v = F.linear(x, *weights).unflatten(2, (2 * self.n_head, -1)).chunk(2, dim=2)
         return k if angles is None else self.turn(k, angles), v
 
     def forward(self, q, k, v, mask=None):
-        """q (B, n_head, T, D) over k, v (B, n_head, S, D), those that mask (..., T, S) lets it see; None: all up to its own."""
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
+        """q (B, T, n_head, D) over k, v (B, S, n_head, D), those that mask (..., T, S) lets it see; None: all up to its own."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.size(2) > 1)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def sliding(self, x, cache, pos, window, persist=None):
         """
         Each token of x (B, T, C), the first of them the pos-th of its text, over the last `window` tokens and the persistent
         ones (1, P, C). Block by block of `window` queries, which see less than two blocks of keys: O(T window), and
-        positions that stay below 2 window, however long the text. -> (B, T, C), cache
+        positions that stay below 2 window, however long the text. The persistent tokens have no position, so that it makes no
+        difference where in a block a text begins: their keys are 0 where channels turn, and the slowest do not. -> (B, T, C),
+        cache
         """
-        first, here, out = None if persist is None else self.kv(persist, self.kv_weights()), pos % window, []
-        at = window + (here + torch.arange(x.size(1), device=x.device)) % window
-        sizes, qkv = pieces(here, x.size(1), window), self.qkv(x, self.angles(x, 2 * window, at))
-        for q, k, v in zip(*(part.split(sizes, dim=2) for part in qkv), strict=True):
-            n, past = q.size(2), cache.k.size(2)
-            k, v = torch.cat((cache.k.to(k.dtype), k), dim=2), torch.cat((cache.v.to(v.dtype), v), dim=2)
+        pairs = cache.k.size(3) // 2
+        still = 0 if persist is None else max(pairs // 4, min(pairs - 1, 1))
+        first, here, out, front = None, pos % window, [], 0 if persist is None else persist.size(1)
+        if front:
+            k, v = self.kv(persist, self.kv_weights())
+            k = k * (torch.arange(2 * pairs, device=x.device) % pairs >= pairs - still)
+            first = [part.expand(x.size(0), -1, -1, -1) for part in (k, v)]
+        second = self.angles(x, 2 * window, slice(window, None), still)  # queries stand in the second block
+        at = places(here, x.size(1), window, x.device)
+        sizes, qkv = pieces(here, x.size(1), window), self.qkv(x, [table[at] for table in second])
+        for q, k, v in zip(*(part.split(sizes, dim=1) for part in qkv), strict=True):
+            n, past = q.size(1), cache.k.size(1)
+            k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
             own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
             old = max(past + n - window + 1, 0)  # out of sight for whatever comes next
-            cache = KVCache(k[:, :, old:], v[:, :, old:], None, None if own is None else own[:, old:])
+            cache = KVCache(k[:, old:], v[:, old:], None if own is None else own[:, old:])
             here = (here + n) % window
             if here == 0:  # the next block: what was in the second window is now in the first
-                back = [-table if i else table for i, table in enumerate(self.angles(x, 2 * window, slice(window, window + 1)))]
-                cache = cache._replace(k=kernels.rotate(cache.k, *back))
-            mask = None
-            if past or first:
-                mask = visible(torch.arange(past, past + n, device=x.device), torch.arange(past + n, device=x.device), window)
-                mask = mask if own is None else mask & own[:, None, None]  # (B, 1, n, S)
-            if first:
-                k, v = (torch.cat((f.expand(x.size(0), -1, -1, -1), x), dim=2) for f, x in zip(first, (k, v), strict=True))
-                mask = F.pad(mask, (first[0].size(2), 0), value=True)
+                cache = cache._replace(k=kernels.rotate(cache.k, second[0][:1], -second[1][:1]))
+            mask = visible(n, past, front, 1, window, x.device) if (n > 1 and (past or front)) or own is not None else None
+            if own is not None:
+                mask = mask & F.pad(own, (front, 0), value=True)[:, None, None]  # (B, 1, n, S)
+            if front:
+                k, v = (torch.cat(pair, dim=1) for pair in zip(first, (k, v), strict=True))
             out.append(self(q, k, v, mask))
         return torch.cat(out, dim=1), cache
 
@@ -633,7 +365,7 @@ class Block(CompiledMethods):
         self.mlp, self.drop = self.MLP(config), nn.Dropout(config.dropout)
         P = 0 if 'num_persist_mem' in unused else config.num_persist_mem
         self.persist = nn.Parameter(torch.randn(1, P, C)) if P else None
-        self.memory = NeuralMemory(config) if has_memory else None
+        self.memory = memory_of(config) if has_memory else None
         self.c_proj = nn.Linear(C, C, bias=config.bias) if has_memory else None
 
     def init_state(self, batch_size):
@@ -644,7 +376,7 @@ class Block(CompiledMethods):
         """The rows (B,) that are True begin a text of their own: an empty memory, and no key read so far in sight."""
         memory, kv = state.memory, state.kv
         if kv is not None:
-            own = kv.k.new_ones(kv.k.size(0), kv.k.size(2), dtype=torch.bool) if kv.own is None else kv.own
+            own = kv.k.new_ones(kv.k.shape[:2], dtype=torch.bool) if kv.own is None else kv.own
             kv = kv._replace(own=own & ~rows[:, None])
         return state._replace(kv=kv, memory=None if memory is None else self.memory.restart(memory, rows))
 
@@ -658,13 +390,17 @@ class Block(CompiledMethods):
         if self.memory is None:
             return 0, state
         m, memory = self.memory(x, state.memory, update_memory)
-        return self.c_proj(m), state._replace(memory=memory)
+        return self.join(m), state._replace(memory=memory)
+
+    def join(self, m):
+        """What is read from memory (B, T, C), as it joins the stream."""
+        return self.c_proj(m)
 
     def compile_step(self):
-        """torch.compile what a block repeats with the same shapes, once for all blocks: here each write to memory, and feed."""
+        """torch.compile what a block repeats with the same shapes, once for all blocks: here the memory, and feed."""
         self.compile_methods('feed')
         if self.memory is not None:
-            self.memory.compile_methods('write')
+            self.memory.compile_methods('forward')
 
     def feed(self, x):
         return x + self.drop(self.mlp(self.norm_2(x)))  # (B, T, C)
@@ -752,8 +488,8 @@ class MACBlock(Block):
 
     def __init__(self, config, has_memory):
         super().__init__(config, has_memory)
-        C, self.segment_len, self.questions = config.n_embd, config.segment_len, None
-        self.recompute = config.checkpoint_segments
+        C, self.segment_len, self.recompute = config.n_embd, config.segment_len, config.checkpoint_segments
+        self.questions = None
         if has_memory:
             self.norm_z, self.share = RMSNorm(C), nn.Parameter(torch.zeros(C))
             if config.num_longterm_mem:
@@ -762,14 +498,13 @@ class MACBlock(Block):
 
     def init_state(self, batch_size):
         state = super().init_state(batch_size)
-        state = state._replace(kv=state.kv._replace(pos=torch.empty(0, dtype=torch.long, device=state.kv.k.device)))
         if self.memory is None:
             return state
-        tail, C = state.memory.tail, self.norm_1.weight.size(0)
-        return state._replace(base=state.memory.weights, tail=tail[..., :C], last=tail.new_zeros(batch_size, 1, C))
+        tail, C = state.memory.tail[:, :, :self.memory.n_head], self.norm_1.weight.size(0)
+        return state._replace(base=state.memory.weights, tail=tail, last=tail.new_zeros(batch_size, 1, C))
 
     def restart(self, state, rows):
-        if state.kv.pos.size(0):
+        if state.kv.k.size(1):
             raise ValueError(f"a text can only begin where a segment of segment_len={self.segment_len} tokens does")
         if self.memory is None:
             return state
@@ -782,70 +517,79 @@ class MACBlock(Block):
         Put the persistent tokens `first` (or none) in front, note the memory that the segment reads from and, with
         num_longterm_mem, read it for all of the segment.
         """
-        k, v = state.kv[:2]
+        k, v = (part[:, :0] for part in state.kv[:2])
         if first:
-            k, v = (f.expand(x.size(0), -1, -1, -1) for f in first)
+            k, v = (part.expand(x.size(0), -1, -1, -1) for part in first)
         if self.memory is not None:
             state = state._replace(base=state.memory.weights)
         if self.questions is not None:
             q, _ = self.memory.query(self.questions + self.c_last(state.last.to(x.dtype)), torch.zeros_like(state.tail))
             h = self.attn.kv(self.memory.recall(q, state.base, x.dtype), weights)
-            k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), h, strict=True))
-        return state._replace(kv=KVCache(k, v, state.kv.pos.new_zeros(k.size(2))))
+            k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), h, strict=True))
+        return state._replace(kv=KVCache(k, v))
 
-    def segment(self, state, x, at, cos, sin, q, k, v, asked, weights, update_memory):
-        """n tokens x (B, n, C) of a segment, at `at` (n,), their rotated q, k, v and what they ask. -> what that adds, state"""
-        pos = at
-        if asked is not None:  # h_j in front of x_j, at the same position
+    def segment(self, state, x, cos, sin, q, k, v, asked, here, weights, update_memory):
+        """
+        n tokens x (B, n, C) of a segment, the first its here-th, their rotated q, k, v and what they ask. -> what attention and
+        what memory adds (B, n, C), state
+        """
+        n, S = x.size(1), state.kv.k.size(1) - here
+        (front_k, text_k), (front_v, text_v) = ((old.to(k.dtype)[:, :S], old.to(k.dtype)[:, S:]) for old in state.kv[:2])
+        h = [], []
+        if asked is not None:  # h_j stands at the position of x_j
             h = self.attn.kv(self.memory.recall(asked, state.base, q.dtype), weights, (cos, sin))
-            k, v = (torch.stack(pair, dim=3).flatten(2, 3) for pair in zip(h, (k, v), strict=True))
-            pos = at.repeat_interleave(2)
-        kv = KVCache(*(torch.cat((old.to(k.dtype), new), dim=2) for old, new in zip(state.kv[:2], (k, v), strict=True)),
-                     torch.cat((state.kv.pos, pos)))
-        y = self.look(q, kv, at)  # (B, n, C)
-        state = state._replace(kv=kv)
-        if self.memory is not None:
-            m, state = self.remember(self.norm_z(torch.addcmul(x, self.share, y)), state, update_memory)
-            y = y + m
-        return y, state
+            h = h[:1], h[1:]
+        kv = KVCache(torch.cat((front_k, *h[0], text_k, k), dim=1), torch.cat((front_v, *h[1], text_v, v), dim=1))
+        state, copies = state._replace(kv=kv), 1 + bool(h[0])
+        front = kv.k.size(1) - copies * (here + n)
+        y = self.look(q, kv, None if n == 1 else visible(n, here, front, copies, self.segment_len, x.device), here + n)
+        if self.memory is None:
+            return y, None, state
+        m, memory = self.memory(self.norm_z(torch.addcmul(x, self.share, y)), state.memory, update_memory)
+        return y, m, state._replace(memory=memory)
 
-    def look(self, q, kv, at):
-        """Queries at `at` (n,) over the segment so far, and what stands before it."""
-        return self.attn(q, *kv[:2], visible(at, kv.pos))
+    def look(self, q, kv, mask, length):
+        """Queries over what stands before the segment and then its tokens so far, `length` of them."""
+        return self.attn(q, *kv[:2], mask)
 
     def compile_step(self):
-        """As in Block, but a whole segment instead of the write in it."""
+        """As in Block, but a whole segment instead of the memory in it."""
         self.compile_methods('feed', 'segment')
 
     def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
-        at = (here + torch.arange(x.size(1), device=x.device)) % self.segment_len
+        at = places(here, x.size(1), self.segment_len, x.device)
         angles, weights = self.attn.angles(x, self.segment_len, at), self.attn.kv_weights()
         # of the whole call: only what depends on the memory goes by segments
-        sizes, qkv, asked = pieces(here, x.size(1), self.segment_len), self.attn.qkv(u, angles), [None]
+        sizes, qkv = pieces(here, x.size(1), self.segment_len), self.attn.qkv(u, angles)
+        asked = [None] * len(sizes)
         if self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
-            state, asked = state._replace(tail=tail), asked.split(sizes, dim=2)
+            state, asked = state._replace(tail=tail), asked.split(sizes, dim=1)
         opens = here == 0 or len(sizes) > 1
         first = self.attn.kv(self.persist, weights) if opens and self.persist is not None else None
-        tokens = zip(*(t.split(sizes, dim) for t, dim in ((x, 1), (at, 0), *((t, 0) for t in angles), *((t, 2) for t in qkv))),
-                     itertools.cycle(asked))
-        out = []
-        for parts in tokens:
+        seen, read = [], []
+        for parts in zip(x.split(sizes, 1), *(t.split(sizes, 0) for t in angles), *(t.split(sizes, 1) for t in qkv), asked,
+                         strict=True):
             if here == 0:
                 state = self.open_segment(state, first, weights, u)
+            arguments = (state, *parts, here, weights, update_memory)
             if self.recompute and torch.is_grad_enabled():
-                y, state = checkpoint(self.segment, state, *parts, weights, update_memory, use_reentrant=False)
+                y, m, state = checkpoint(self.segment, *arguments, use_reentrant=False)
             else:
-                y, state = self.segment(state, *parts, weights, update_memory)
-            out.append(y)
+                y, m, state = self.segment(*arguments)
+            seen.append(y)
+            read.append(m)
             here = (here + y.size(1)) % self.segment_len
             if here == 0:  # the segment is full: nothing of it is seen again but through the memory
-                state = state._replace(kv=KVCache(*(t[:, :, :0] for t in state.kv[:2]), state.kv.pos[:0]))
+                state = state._replace(kv=KVCache(*(t[:, :0] for t in state.kv[:2])))
                 if self.questions is not None:
-                    done = sum(t.size(1) for t in out)
+                    done = sum(t.size(1) for t in seen)
                     state = state._replace(last=u[:, done - 1:done].clone())
-        return x + self.drop(torch.cat(out, dim=1)), state
+        y = torch.cat(seen, dim=1)
+        if self.memory is not None:
+            y = y + self.join(torch.cat(read, dim=1))
+        return x + self.drop(y), state
 
 
 BLOCKS = {'mac': MACBlock, 'mag': MAGBlock, 'mal': MALBlock, 'lmm': LMMBlock, 'gpt': GPTBlock}
@@ -894,16 +638,10 @@ class TitansGPT(nn.Module):
                 values = block.memory.c_qkv.weight[-self.config.n_embd:]
                 block.c_proj.weight.data.copy_(values.mT * 0.02 * (self.config.n_embd / (2 * self.config.n_layer)) ** 0.5)
 
-    def set_chunk_len(self, chunk_len):
-        """Measure surprise over chunks of another length from here on; a state goes on only if it has fewer tokens pending."""
-        for block in self.blocks:
-            if block.memory is not None:
-                block.memory.chunk_len = chunk_len
-
     def compile_steps(self):
         """
         torch.compile the step each block repeats: traced once for all blocks, where the whole model would be traced with every
-        segment written out. A minute on a CPU; again for other shapes, such as another chunk_len, and without gradients.
+        segment written out. A minute on a CPU; again for other shapes, and without gradients.
         """
         torch._dynamo.config.recompile_limit = 64  # beyond it PyTorch would go on uncompiled, without a word
         torch._dynamo.config.optimize_ddp = False  # which would cut steps that are far smaller than its buckets
@@ -938,7 +676,7 @@ class TitansGPT(nn.Module):
         precision = self.wte.weight.dtype
         memory = torch.promote_types(precision, torch.float32)
         for block in state.blocks:
-            parts = [] if block.memory is None else [(block.memory.weights[0], (memory,))]
+            parts = [] if block.memory is None else [(block.memory.weights, (memory,))]
             parts += [] if block.kv is None else [(block.kv.k, (precision, torch.bfloat16, torch.float16))]  # autocast's, too
             for x, dtypes in parts:
                 need(x.size(0) == B and x.dtype in dtypes, 'state', f"of {B} rows in {dtypes[0]}, as idx and the model are",
@@ -951,7 +689,7 @@ class TitansGPT(nn.Module):
         over the data: how much each target counts.
         state=None starts afresh; the state returned goes on from here. update_memory=False freezes the long-term memory.
         begins {t: rows (B,) bool}: the rows in which token t begins a new text. Nothing before it counts for them: an empty
-        memory, no key in sight. t is where a segment begins (mac) or a chunk (the others), else ValueError.
+        memory, no key in sight. In mac t is where a segment begins, else ValueError.
         """
         self.check_arguments(idx, targets, state, weights, begins)
         pos, before = (0, [None] * len(self.blocks)) if state is None else state
@@ -964,22 +702,19 @@ class TitansGPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None, state
         logits = self.lm_head(x)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        loss = F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-1,
+        loss = F.cross_entropy(kernels.wide(logits.flatten(0, 1)), targets.flatten(), ignore_index=-1,
                                reduction='mean' if weights is None else 'none')
         return logits, loss if weights is None else (loss * weights.flatten()).mean(), state
 
     def written(self, state):
         """theta, eta, alpha of each block with a memory, summed over the tokens read, mean over rows and heads. (blocks, 3)"""
-        return torch.stack([block.memory.written.mean((0, 1)) for block in state.blocks if block.memory is not None])
+        return torch.stack([block.memory.written.mean((0, 2)) for block in state.blocks if block.memory is not None])
 
     @torch.no_grad()
     def norms(self, state):
-        """|M| and |S| of each block with a memory, all heads and layers together, mean over rows. (blocks, 2)"""
-        def norm(tensors):
-            return sum(x.float().square().flatten(1).sum(1) for x in tensors).sqrt().mean()
-        return torch.stack([torch.stack([norm(part) for part in block.memory[:2]]) for block in state.blocks
-                            if block.memory is not None])
+        """|M| and |S| of each block with a memory, all heads together, mean over rows. (blocks, 2)"""
+        return torch.stack([torch.stack([x.float().flatten(1).norm(dim=1).mean() for x in block.memory[:2]])
+                            for block in state.blocks if block.memory is not None])
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
@@ -997,7 +732,7 @@ class TitansGPT(nn.Module):
             logits, _, state = self(piece, state=state, update_memory=update_memory)
         seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device).scatter_(1, idx, True)
         for made in range(1, max_new_tokens + 1):
-            token = draw(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
+            token = sample_token(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
             seen = seen.scatter(1, token, True)
             yield token, state
             if made < max_new_tokens:
@@ -1009,29 +744,7 @@ class TitansGPT(nn.Module):
 
     def parameter_groups(self, weight_decay):
         """For the outer optimizer: matrices decay; gains, biases, convolutions, tokens and the initial memory do not."""
-        params = list(self.parameters())
-        return [{'params': [p for p in params if p.dim() == 2], 'weight_decay': weight_decay},
-                {'params': [p for p in params if p.dim() != 2], 'weight_decay': 0.0}]
-
-
-def draw(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
-    """One token a row from logits (B, vocab); seen (B, vocab) marks what the repetition penalty bears on. -> (B, 1)"""
-    if repetition_penalty != 1.0:
-        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, penalised.nan_to_num(), logits)  # beyond all numbers: the last ones
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    limits = torch.finfo(logits.dtype)  # the likeliest at 0: however low the temperature, it stays finite and likeliest
-    logits = (logits - logits.max(-1, keepdim=True).values) / min(max(temperature, limits.tiny), limits.max)
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
-    if min_p:
-        floor = logits.max(-1, keepdim=True).values + math.log(min_p)
-        logits = logits.masked_fill(logits < floor, float('-inf'))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; the likeliest always stays
-        out = (before >= top_p) & (before > 0)
-        logits = logits.masked_fill(out.scatter(1, order, out), float('-inf'))
-    return torch.multinomial(logits.softmax(-1), 1)
+        groups = [], []
+        for name, p in self.named_parameters():
+            groups[p.dim() == 2 and not name.endswith('initial')].append(p)
+        return [{'params': groups[True], 'weight_decay': weight_decay}, {'params': groups[False], 'weight_decay': 0.0}]

@@ -7,14 +7,13 @@ What the memories do, token by token, while a model reads. The model is as it wa
 
     of each token                                                                            (layers, B, T)
     theta, eta, alpha   its gates, mean over heads: numbers in [0, 1]
-    surprise            how large the momentary surprise is: root mean square of M(k) - v, half of what the gradient of l sends
-                        back, over heads and channels, M the memory that its chunk began with, before any clip: in the unit of
-                        v, which is what a memory should answer
+    surprise            how large the momentary surprise is: root mean square of M_{t-1}(k) - v, half of what the gradient of l
+                        sends back, over heads and channels: in the unit of v, which is what a memory should answer
     value               root mean square of v: a memory that answers nothing has surprise = value, one that knows all 0
     read                root mean square of y = M_t(q), what was read after it, before it is bounded
     of each write                                                                            (layers, B, W)
-    norm_M, norm_S      |M| and |S| after it, all heads and layers of the MLP together (Frobenius)
-    ends                tokens read when it was done: W ints. A write is a chunk, or what a call or segment has of one
+    norm_M, norm_S      |M| and |S| after it, all heads together (Frobenius)
+    ends                tokens read when it was done: W ints. A write is a call's, in mac a segment's
 
 `layers` are the blocks that have a memory, and seen.blocks their indices. With update_memory=False nothing is written: the
 gates are what they would have been, surprise is measured at M as it stands. Six numbers a token and layer are kept until
@@ -30,8 +29,8 @@ WRITE = ('norm_M', 'norm_S')
 
 
 def size(x):
-    """Root mean square over heads and channels of x (B, H, T, D). -> (B, T)"""
-    return x.float().square().mean((1, 3)).sqrt()
+    """Root mean square over heads and channels of x (B, T, H, D). -> (B, T)"""
+    return x.float().square().mean((2, 3)).sqrt()
 
 
 class Record:
@@ -47,9 +46,8 @@ class Record:
         self.whole = 0  # so many of them are of calls that came to their end
 
     def add(self, layer, gates, error, v, y, state=None):
-        numbers = torch.stack([g.float().mean(1) for g in gates] + [size(x) for x in (error, v, y)])
-        norms = None if state is None else torch.stack(
-            [sum(w.float().square().flatten(1).sum(1) for w in part).sqrt() for part in (state.weights, state.surprise)])
+        numbers = torch.stack([*gates.float().mean(3).unbind(2), *(size(x) for x in (error, v, y))])
+        norms = None if state is None else torch.stack([x.float().flatten(1).norm(dim=1) for x in state[:2]])
         self.parts[layer].append((numbers, norms))
 
     def __getattr__(self, name):
@@ -88,22 +86,23 @@ def replaced(module, name, value):
 
 
 def watch(memory, seen, layer):
-    """The write and forward of a NeuralMemory, that tell `seen` about every token."""
-    plain_write, plain_forward = memory.write, memory.forward
+    """The recurrence and forward of a NeuralMemory, that tell `seen` about every token."""
+    plain_recurrence, plain_forward = memory.recurrence, memory.forward
 
-    def write(state, q, k, v, gates):
-        y, after = plain_write(state, q, k, v, gates)
-        with torch.no_grad():
-            seen.add(layer, gates, memory.read(state.begin, k) - v, v, y, after)
+    def recurrence(q, k, v, gates, state):
+        y, after = plain_recurrence(q, k, v, gates, state)
+        with torch.no_grad():  # what the memory knows of a token's key before it: the same again, each asked for the next key
+            next_known, _ = plain_recurrence(k.roll(-1, dims=1), k, v, gates, state)
+            known = torch.cat((memory.read(state.weights, k[:, :1]), next_known[:, :-1]), dim=1)
+            seen.add(layer, gates, known - v, v, y, after)
         return y, after
 
     @torch.no_grad()
     def look(x, state):
         state = memory.init_state(x.size(0)) if state is None else state
-        qkv, _ = memory.project(x, memory.c_qkv.weight, memory.conv, state.tail)
+        qkv = memory.c_qkv(x)
         with torch.autocast(x.device.type, enabled=False):
-            qkv = memory.heads(qkv)
-            (q, k), v = memory.unit(qkv[:2]), qkv[2]
+            q, k, v = memory.mix(memory.shift(qkv, state.tail)[0], state.tail, 2 * memory.n_head).chunk(3, dim=2)
             seen.add(layer, memory.gate(x), memory.read(state.weights, k) - v, v, memory.read(state.weights, q))
 
     def forward(x, state=None, update_memory=True):
@@ -111,7 +110,7 @@ def watch(memory, seen, layer):
             look(x, state)
         return plain_forward(x, state, update_memory)
 
-    return {'write': write, 'forward': forward}
+    return {'recurrence': recurrence, 'forward': forward, 'in_one_call': lambda x: False}
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import torch
 import checkpoint
 import configurator
 import gpt2
+import native
 import sharded
 from configurator import UserError
 from dataset import Dataset
@@ -64,7 +65,6 @@ class TrainConfig(TitansConfig):
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
     reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
     tbptt: int = 0                  # tokens between cuts of the graph; 0 = none inside a sequence
-    max_chunk_len: int = 0          # each step draws a chunk length, chunk_len times a power of two up to this; 0 = chunk_len
     update_memory: bool = True      # False: the memory stays at M_0, for comparison
     write_cost: float = 0.0         # price of writing, nats per unit of mean theta: hard gates close on what is not worth it
     forget_cost: float = 0.0        # price of forgetting, nats per unit of mean alpha
@@ -86,6 +86,7 @@ class TrainConfig(TitansConfig):
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # under torchrun; auto: ddp where half of a GPU holds model and AdamW
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
     compile: bool = False           # torch.compile the step that blocks repeat: a minute on a CPU before the first step
+    kernel: Literal['auto', 'loop', 'blocks'] = 'auto'  # the memory in native.c, in PyTorch; auto: the first where it can be
     seed: int = 1337
 
     def __post_init__(self):
@@ -105,12 +106,6 @@ class TrainConfig(TitansConfig):
         for name in ('reset_prob', 'cost_from'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        mac = 'segment_len' not in self.unused()
-        whole, of = (self.segment_len, 'segment_len') if mac else (self.block_size, 'block_size')
-        fits = [n for n in self.chunk_lens(whole) if whole % n == 0 or n == self.chunk_len]
-        if self.max_chunk_len not in (0, *fits):
-            raise ValueError(f"max_chunk_len={self.max_chunk_len} must be chunk_len={self.chunk_len} times a power of two that "
-                             f"divides {of}={whole}: one of {', '.join(map(str, fits))}, or 0")
         unit = self.text_unit()
         for name in ('carry_state', 'doc_reset'):
             if getattr(self, name) and self.block_size % unit:
@@ -124,24 +119,12 @@ class TrainConfig(TitansConfig):
 
     def text_unit(self):
         """Texts that begin at multiples of this many tokens, documents or reset rows, are read as if they stood alone."""
-        if 'segment_len' not in self.unused():
-            return self.segment_len
-        chunks = max(self.chunk_len, self.max_chunk_len) if self.memory_blocks() else math.gcd(self.block_size, 64)
-        # persistent tokens stand in front of windows, and in GPT-2 positions begin there
-        windows = ('num_persist_mem' not in self.unused() and self.num_persist_mem > 0) or self.backbone == 'gpt2'
-        return math.lcm(chunks, self.stretch() if windows else 1)
-
-    def chunk_lens(self, most):
-        """chunk_len, twice that, ..., up to most"""
-        n = self.chunk_len
-        while n <= max(most, self.chunk_len):
-            yield n
-            n *= 2
+        # a segment is one attention's, and GPT-2's positions begin with its windows
+        return self.stretch() if 'segment_len' not in self.unused() or self.backbone == 'gpt2' else 1
 
     def unused(self):
         """What the trainer would ask of a memory is not used either where there is none."""
-        of_memory = ('carry_state', 'reset_prob', 'tbptt', 'update_memory', 'write_cost', 'forget_cost', 'cost_from',
-                     'max_chunk_len')
+        of_memory = ('carry_state', 'reset_prob', 'tbptt', 'update_memory', 'write_cost', 'forget_cost', 'cost_from')
         return super().unused() | set(() if self.memory_blocks() else of_memory)
 
     def drop_unused(self):
@@ -221,6 +204,7 @@ class Run:
     """One training run; what it holds is what a checkpoint keeps."""
 
     def __init__(self, config):
+        native.use(config.kernel)
         self.process = Process(config.device)
         self.device = self.process.device
         self.path = os.path.join(config.out_dir, 'ckpt.pt')
@@ -348,9 +332,6 @@ class Run:
 
     def resume_state(self, content, state, then, path):
         """Each row goes on with the state it had, on whichever process it now is."""
-        if content['format'] != checkpoint.FORMAT:
-            raise UserError(f"{path} carries a state of an older version; resume with carry_state=False")
-
         def reads(config):
             """What says which text a row reads."""
             return {'block_size': config.block_size, 'seed': config.seed,
@@ -479,8 +460,6 @@ class Run:
             group['lr'] = lr
         noise = generator('dropout', config.seed, self.step, self.process.rank)
         torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
-        lens = list(config.chunk_lens(config.max_chunk_len))
-        self.raw.set_chunk_len(lens[generator('chunk length', config.seed, self.step).integers(len(lens))])
         with_memory = bool(config.memory_blocks())
         total = torch.zeros((), device=self.device)
         stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
@@ -555,7 +534,7 @@ class Run:
                            for i, b in enumerate(self.config.memory_blocks()))
         kept = "{} keeps the last good one, step {}".format(*self.saved) if self.saved else "nothing was saved yet"
         return (f"the {what} became {value} at step {self.step + 1}, {self.skips_in_a_row} steps in a row; {kept}; try a lower "
-                f"learning_rate or memory_lr, or memory_stable=True. {where}. {blocks}")
+                f"learning_rate or memory_lr. {where}. {blocks}")
 
     @torch.no_grad()
     def evaluate(self):
@@ -566,7 +545,6 @@ class Run:
         """
         config, losses, world, rank = self.config, {}, self.process.world, self.process.rank
         self.raw.eval()
-        self.raw.set_chunk_len(config.chunk_len)
         for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
             total, count, state = 0.0, 0, None  # loss, and the targets it is of
             # each process has every world-th batch or, of those that go on, some rows; all do as many steps
@@ -624,7 +602,7 @@ class Run:
     def table(self):
         config = self.config
         tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        size = 2 * sum(w.numel() * w.element_size() for b in self.raw.blocks if b.memory is not None for w in b.memory.initial)
+        size = 2 * sum(b.memory.initial.nbytes for b in self.raw.blocks if b.memory is not None)
         heads = '' if 'n_head' in config.unused() else f"{config.n_head} heads, "
         trained = sum(p.numel() for p in self.raw.parameters() if p.requires_grad)
         rows = [('parameters', f"{self.size:,}  ({config.arch}, {config.n_layer} layers, {heads}{config.n_embd} wide)"
@@ -640,15 +618,16 @@ class Run:
         if config.memory_blocks():
             alpha, eta = config.memory_decay, config.memory_momentum
             half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
-            span = f"{1 / (1 - eta):.1f} tokens" if eta < 1 else 'for ever'
+            theta = config.memory_lr * min((1 - eta) / (1 + eta), 0.5)  # NeuralMemory.largest_step at the start
+            how = 'loop in C' if native.usable(next(self.raw.parameters())) and config.memory_depth == 1 else 'PyTorch'
             learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
             rows += [('memory', f"{size:,} bytes a sequence (M and S), depth {config.memory_depth}, "
                                 f"{config.memory_heads} heads, "
                                 f"blocks {','.join(map(str, config.memory_blocks()))}"
-                                f"{'' if config.update_memory else ', frozen'}"),
+                                f"{'' if config.update_memory else ', frozen'}, computed by {how}"),
                      ('gates', f"{config.memory_gates}; they start here {learnt}:"),
-                     ('  memory_lr', f"theta {config.memory_lr:g} = inner learning rate"),
-                     ('  memory_momentum', f"eta {eta:g} = a surprise lasts {span}"),
+                     ('  memory_lr', f"theta {theta:.3g} = {config.memory_lr:g} of the largest stable step"),
+                     ('  memory_momentum', f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'),
                      ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
         if config.ignored:
             what = config.arch + ('' if config.memory_blocks() or config.arch == 'gpt' else ' without memory')

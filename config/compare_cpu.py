@@ -8,7 +8,6 @@ n_embd = 128        # 1.12M parameters; --arch=gpt --n_embd=152 has 1.15M
 memory_heads = 4
 segment_len = 64
 window_len = 64     # of --arch=mag and mal
-chunk_len = 64
 
 block_size = 256
 batch_size = 4      # 1,024 tokens a step

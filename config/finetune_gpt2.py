@@ -10,7 +10,6 @@ freeze_backbone = True
 arch = 'mac'
 segment_len = 256       # GPT-2 reads so many tokens at a time, at most 1,024; what came before it knows from memory
 window_len = 256        # of --arch=mag and mal
-chunk_len = 64
 memory_heads = 12
 num_persist_mem = 4
 

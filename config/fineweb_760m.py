@@ -1,8 +1,7 @@
 # The paper's 760M: 24 layers, 1536 wide, 16 heads, 4,096 tokens of FineWeb-Edu, 30 billion of them, for 8 GPUs or more
 #   python prepare.py fineweb_edu --subset=sample-100BT
 #   torchrun --standalone --nproc_per_node=8 train.py config/fineweb_760m.py
-# A starting point: never run. Computed (bench.py --plan), not measured, for 8 x H100: 1.01G parameters with the memories,
-# 29.9G tokens; 26 hours at 40% of peak FLOP/s, 300 if every operation goes to memory; 47 GiB of a GPU.
+# A starting point: never run. python bench.py --plan=config/fineweb_760m.py computes hours and memory.
 out_dir = 'out/fineweb_760m'
 dataset = 'fineweb_edu'
 init_from = 'auto'   # the same command goes on after a crash
@@ -11,12 +10,9 @@ parallel = 'fsdp'
 n_layer = 24
 n_head = 16
 n_embd = 1536
-memory_depth = 2
-memory_expansion = 4
 memory_heads = 24    # 64 wide each: one head of full width would cost as much as 3.7 blocks
 segment_len = 512
 window_len = 2048    # of --arch=mag and mal
-chunk_len = 64       # the paper: 16
 num_persist_mem = 128
 num_longterm_mem = 0  # a token read for each of the segment's; the paper: 256
 checkpoint_segments = True

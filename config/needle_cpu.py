@@ -11,9 +11,7 @@ memory_heads = 1
 memory_conv = 8         # reaches over a number whose digits repeat
 segment_len = 64
 window_len = 64         # of --arch=mag and mal
-chunk_len = 8           # what one digit wrote is known to the error of the next
 memory_gates = 'hard'   # can be exactly 0, and the costs below see to it: what is not worth writing is not written at all
-memory_lr = 0.1
 memory_decay = 0.0
 
 block_size = 256

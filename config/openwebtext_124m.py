@@ -1,7 +1,7 @@
 # GPT-2 small's shape with the paper's segments and token counts, for 8 GPUs; data: python prepare.py openwebtext
 #   torchrun --standalone --nproc_per_node=8 train.py config/openwebtext_124m.py
 # A starting point: never run. Computed (bench.py --plan), not measured, for 8 x H100: 154M parameters with the memories,
-# 10.5G tokens; 1 hour at 40% of peak FLOP/s, 10 if every operation goes to memory; 46 GiB of a GPU.
+# 10.5G tokens; 1 hour at 40% of peak FLOP/s, 12 if every operation goes to memory; 68 GiB of a GPU.
 out_dir = 'out/openwebtext_124m'
 dataset = 'openwebtext'
 init_from = 'auto'   # the same command goes on after a crash
@@ -12,7 +12,6 @@ n_embd = 768
 memory_heads = 12
 segment_len = 512
 window_len = 512     # of --arch=mag and mal
-chunk_len = 64
 num_persist_mem = 128
 vocab_size = 50304   # 50257, padded to a multiple of 64
 

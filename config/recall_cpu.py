@@ -8,7 +8,7 @@ n_embd = 64
 memory_heads = 1
 segment_len = 32
 window_len = 32
-chunk_len = 32
+memory_lr = 0.6
 
 block_size = 256
 batch_size = 16

@@ -8,7 +8,6 @@ n_embd = 128
 memory_heads = 4
 segment_len = 64
 window_len = 64     # of --arch=mag and mal
-chunk_len = 64
 
 block_size = 64
 batch_size = 12

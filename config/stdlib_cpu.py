@@ -7,7 +7,6 @@ n_head = 4
 n_embd = 128
 memory_heads = 4
 segment_len = 64
-chunk_len = 64
 
 block_size = 256
 batch_size = 4

@@ -11,9 +11,7 @@ memory_heads = 1
 memory_conv = 8
 segment_len = 64
 window_len = 64
-chunk_len = 8
 memory_gates = 'hard'   # with the costs below: what is not worth writing is not written at all
-memory_lr = 0.1
 memory_decay = 0.0
 
 block_size = 256

@@ -4,7 +4,7 @@ A million tokens through one small model, in constant memory and constant time a
     python examples/long_stream.py              # under a minute on a CPU
     python examples/long_stream.py mag 4194304  # another architecture, another length
 
-Text is read in pieces; what goes from one to the next is the state: windows of attention, M, S and the tokens of an open chunk.
+Text is read in pieces; what goes from one to the next is the state: windows of attention, M and S.
 """
 import resource
 import sys
@@ -32,7 +32,7 @@ def main(arch='mac', length='1048576'):
         sys.exit(f"long_stream.py: give an architecture, one of {', '.join(BLOCKS)}, and a length of at least {PIECE}")
     torch.manual_seed(0)
     model = TitansGPT(TitansConfig(arch=arch, n_layer=1, n_head=1, n_embd=32, memory_heads=1, vocab_size=256, block_size=256,
-                                   segment_len=256, window_len=128, chunk_len=128)).eval()
+                                   segment_len=256, window_len=128)).eval()
     state, began, every = None, time.perf_counter(), max(int(length) // 8 // PIECE, 1) * PIECE
     print(f"{arch}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
           f"{'tokens read':>12}{'state, bytes':>15}{'process, MB':>14}{'microseconds a token':>23}")

@@ -14,32 +14,31 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import NeuralMemory, TitansConfig
+from model import TitansConfig, memory_of
 
-WIDTH, CHUNK, ROWS, PASSES = 64, 16, 8, 4
+WIDTH, ROWS, PASSES = 64, 8, 4
 
 
 def recall(pairs, **options):
     """The part of the pairs that is recalled: of all, and of the last 16 stored."""
-    config = TitansConfig(n_embd=WIDTH, n_head=1, memory_heads=1, chunk_len=CHUNK, segment_len=CHUNK, memory_gates='fixed',
-                          **{'memory_lr': 0.5, 'memory_momentum': 0.0, 'memory_decay': 0.0} | options)
-    memory = NeuralMemory(config)
+    config = TitansConfig(n_embd=WIDTH, n_head=1, memory_heads=1, memory_gates='fixed',
+                          **{'memory_lr': 1.0, 'memory_momentum': 0.0, 'memory_decay': 0.0} | options)
+    memory = memory_of(config)
     codes = torch.randn(256, WIDTH).sign() / WIDTH ** 0.5
-    keys, which = F.normalize(torch.randn(ROWS, 1, pairs, WIDTH), dim=-1), torch.randint(256, (ROWS, 1, pairs))
+    keys, which = F.normalize(torch.randn(ROWS, pairs, 1, WIDTH), dim=-1), torch.randint(256, (ROWS, pairs, 1))
     state = memory.init_state(ROWS)                                    # a memory for each row
     with torch.no_grad():
+        gates = memory.gate(keys[:, :, 0])                             # theta, eta, alpha of each token, here constants
         for _ in range(PASSES):                                        # each pass corrects what the one before got wrong
-            for k, v in zip(keys.split(CHUNK, dim=2), codes[which].split(CHUNK, dim=2), strict=True):
-                gates = [torch.full(k.shape[:3], start) for start in memory.start]   # theta, eta, alpha of each token
-                _, state = memory.write(state, k, k, v, gates)
-        read = memory.read(state.weights, keys)            # (ROWS, 1, pairs, WIDTH)
-    right = (torch.cdist(read[:, 0], codes).argmin(-1) == which[:, 0]).float()
+            _, state = memory.recurrence(keys, keys, codes[which], gates, state)
+        read = memory.read(state.weights, keys)                        # (ROWS, pairs, 1, WIDTH)
+    right = (torch.cdist(read[:, :, 0], codes).argmin(-1) == which[:, :, 0]).float()
     return right.mean().item(), right[:, -16:].mean().item()
 
 
 def main():
     torch.manual_seed(0)
-    kinds = {'linear': {}, 'linear, momentum 0.5': {'memory_momentum': 0.5, 'memory_lr': 0.25},
+    kinds = {'linear': {}, 'linear, momentum 0.5': {'memory_momentum': 0.5},
              'linear, forgets 1% a token': {'memory_decay': 0.01},
              'two layers, 4 x wide': {'memory_depth': 2, 'memory_expansion': 4}}
     print(f"{PASSES} passes over the pairs, width {WIDTH}; recalled, % (of the last 16 stored, %)")

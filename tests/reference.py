@@ -1,5 +1,6 @@
 """
-The paper's recurrence, one token at a time, every gradient by autograd. Slow and obvious: the truth model.py is held to.
+The rule at the top of memory.py, one token at a time, every gradient by autograd. Slow and obvious: the truth that every fast
+form is held to.
 """
 import math
 
@@ -7,51 +8,35 @@ import torch
 from torch.nn import functional as F
 
 
-def mlp(weights, x):
-    """M(x), and what each layer saw and put out before its nonlinearity."""
+def mlp(layers, x):
+    """M(x) for x (B, H, in) and one (B, H, out, in) a layer; each layer's input and output on the way."""
     inputs, outputs = [], []
-    for i, w in enumerate(weights):
+    for i, w in enumerate(layers):
         inputs.append(x)
         x = torch.einsum('bhoi,bhi->bho', w, x)
         outputs.append(x)
-        if i < len(weights) - 1:
+        if i < len(layers) - 1:
             x = (F.gelu(0.1 ** 0.5 * x) - 0.28209479177387814) / (0.5879149692443127 * math.sqrt(x.size(-1)))
     return x, inputs, outputs
 
 
-def loss(prediction, target, clip):
-    """|M(k) - v|^2, growing linearly beyond |M(k) - v| = clip (Huber), summed over independent memories."""
-    size = (prediction - target).square().sum(-1).sqrt()
-    if clip == math.inf:
-        return (size ** 2).sum()
-    return torch.where(size <= clip, size ** 2, 2 * clip * size - clip ** 2).sum()
-
-
-def recurrence(weights, surprise, q, k, v, theta, eta, alpha, chunk_len, clip=math.inf, bound=False):
+def recurrence(layers, surprise, q, k, v, gates):
     """
-    weights, surprise: one (B, H, out, in) a layer; q, k, v (B, H, T, D); theta, eta, alpha (B, H, T).
-    -> y (B, H, T, D), weights, surprise after the last token.
+    layers, surprise: M and S, one (B, H, out, in) a layer; q, k, v (B, T, H, D); gates (B, T, 3, H): theta, eta, alpha.
+    -> y (B, T, H, D), M, S after the last token.
     """
     out = []
-    for t in range(k.size(2)):
-        if t % chunk_len == 0:
-            begin, chunk = weights, []  # every gradient of the chunk is taken here
-        prediction, inputs, outputs = mlp(begin, k[:, :, t])
-        error = loss(prediction, v[:, :, t], clip)
-        grads = torch.autograd.grad(error, (*begin, *outputs), create_graph=True)
-        grads, deltas = grads[:len(begin)], grads[len(begin):]
-        step = theta[:, :, t]
-        chunk.append((inputs, [d.square().sum(-1).sqrt() for d in deltas], step / (1 - eta[:, :, t]).clamp_min(1e-3)))
-        if bound:  # how far this chunk's steps so far can push this token's prediction, if eta stays what it is at each
-            reach = 0
-            for a, size, reached in chunk:
-                for layer in range(len(begin)):
-                    own = chunk[-1][1][layer] / chunk[-1][1][-1].clamp_min(1e-6)
-                    other = size[layer] / size[-1].clamp_min(1e-6)
-                    reach = reach + reached * own * other * (a[layer] * inputs[layer]).sum(-1).abs()
-            step = step / (2 * reach).clamp_min(1)
-        surprise = tuple(eta[:, :, t, None, None] * s - step[..., None, None] * g
-                         for s, g in zip(surprise, grads, strict=True))
-        weights = tuple((1 - alpha[:, :, t, None, None]) * w + s for w, s in zip(weights, surprise, strict=True))
-        out.append(mlp(weights, q[:, :, t])[0])
-    return torch.stack(out, dim=2), weights, surprise
+    for t in range(k.size(1)):
+        prediction, inputs, outputs = mlp(layers, k[:, t])
+        loss = (prediction - v[:, t]).square().sum()
+        grads = torch.autograd.grad(loss, (*layers, *outputs), create_graph=True)
+        grads, deltas = grads[:len(layers)], grads[len(layers):]
+        theta, eta, alpha = (gates[:, t, i, :, None, None] for i in range(3))
+        if len(layers) > 1:  # a step of size 1 moves M(k) by so many times its error, to first order
+            moved = sum(a.square().sum(-1) * d.square().sum(-1) for a, d in zip(inputs, deltas, strict=True))
+            theta = theta / (moved / deltas[-1].square().sum(-1)).clamp_min(1)[..., None, None]
+        pending = [s - theta * g for s, g in zip(surprise, grads, strict=True)]
+        layers = [(1 - alpha) * (w + (1 - eta) * p) for w, p in zip(layers, pending, strict=True)]
+        surprise = [(1 - alpha) * eta * p for p in pending]
+        out.append(mlp(layers, q[:, t])[0])
+    return torch.stack(out, dim=1), layers, surprise

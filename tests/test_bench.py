@@ -31,7 +31,7 @@ def test_a_run(tmp_path, capsys):
 @pytest.mark.parametrize('option, message', [
     ('--models=gpt,mca', "arch='mca' is not one of"), ('--models=mac-7', "'mac-7' is no model"),
     ('--sizes=512', 'rows x tokens'), ('--sizes=2x3x4', 'rows x tokens'), ('--measure=speed', "'speed' is not one of"),
-    ('--repeats=0', 'at least 1'), ('--threads=-1', 'at least 0'), ('--chunk_len=48', 'must divide the segments'),
+    ('--repeats=0', 'at least 1'), ('--threads=-1', 'at least 0'),
     ('--models=gpt-2', "'gpt-2' is no model"), ('--models=mac+compile', 'goes with train and forward alone'),
     ('--peer=titans-pytorch', 'pip install titans-pytorch'), ('--shape=L', 'shape must be one of')])
 def test_wrong_input(option, message):

@@ -33,7 +33,7 @@ from parallel import pick_device
 
 HERE = Path(__file__).resolve().parent.parent
 TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(300))
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--block_size=16', '--segment_len=8', '--chunk_len=4',
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--block_size=16', '--segment_len=8',
         '--batch_size=2', '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--device=cpu']
 
 
@@ -69,11 +69,9 @@ def refused(main, *argv):
     ('--compile=maybe', ('compile must be True or False',)),
     ('--arch=rnn', ('arch must be one of', "'mac'")),
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
-    ('--arch=mag --carry_state --block_size=100', ('block_size=100', 'of 128, where mag can begin', 'block_size=128 is')),
-    ('--arch=mag --chunk_len=0', ('chunk_len=0', 'at least 1')),
-    ('--max_chunk_len=100', ('max_chunk_len=100', 'chunk_len=64', 'segment_len=128', 'one of 64, 128')),
-    ('--arch=mag --block_size=192 --max_chunk_len=128', ('max_chunk_len=128', 'block_size=192', 'one of 64, or 0')),
-    ('--segment_len=100', ('segment_len=100', 'chunk_len=64')),
+    ('--carry_state --block_size=100', ('block_size=100', 'of 128, where mac can begin', 'block_size=128 is')),
+    ('--arch=mag --window_len=0', ('window_len=0', 'at least 1')),
+    ('--segment_len=0', ('segment_len=0', 'at least 1')),
     ('--batch_size=0', ('batch_size=0',)),
     ('--learning_rate=nan', ('learning_rate', 'float')),
     ('--beta1=2', ('beta1=2.0',)),
@@ -124,11 +122,11 @@ def test_every_config_can_be_switched_to_every_arch(path):
 
 def test_what_the_arch_does_not_use_is_said_once(place, capsys):
     flags = ['--dataset=text', *TINY, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8', '--memory_heads=3',
-             '--chunk_len=-1']
+             '--memory_depth=-1']
     assert train.main(flags) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if 'not used by gpt' in line]
     assert len(said) == 1 and set(said[0].split('gpt')[1].strip().split(', ')) == {
-        'write_cost', 'carry_state', 'tbptt', 'memory_heads', 'segment_len', 'chunk_len'}
+        'write_cost', 'carry_state', 'tbptt', 'memory_heads', 'segment_len', 'memory_depth'}
     assert train.main(['--dataset=text', *TINY, '--arch=mac', '--max_iters=0']) == 0
     assert 'not used' not in capsys.readouterr().out
 

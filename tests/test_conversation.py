@@ -79,7 +79,7 @@ def test_a_conversation_goes_on_as_if_never_broken_off(here, arch):
 def test_the_file_stays_small(here):
     """Its size does not grow with what was read."""
     conversation, sizes = talk(), []
-    for start in range(0, 2000, 101):  # at other places of segment and chunk each time
+    for start in range(0, 2000, 101):  # at other places of a segment each time
         conversation.hear(conversation.reader.encode(TEXT[start:start + 101]))
         conversation.save('me.mem')
         sizes.append(os.path.getsize('me.mem'))
@@ -134,13 +134,13 @@ def damaged(how):
     elif how == 'no model':
         torch.save({k: v for k, v in content.items() if k != 'model'}, 'me.mem')
     else:
-        weights = content['state']['blocks'][0]['memory']['weights']
+        memory = content['state']['blocks'][0]['memory']
         if how == 'edited':
-            weights[0] += 1e-3
+            memory['weights'] += 1e-3
         elif how == 'edited, sum too':
-            weights[0] = weights[0][:, :, :3]
+            memory['weights'] = memory['weights'][:, :, :3]
         elif how == 'not a number, sum too':
-            weights[0][0, 0, 0, 0] = float('nan')
+            memory['weights'][0, 0, 0, 0] = float('nan')
         elif how == 'unread, sum too':
             content['unread'] = [10 ** 6]
         rest = {k: v for k, v in content.items() if k != 'sha256'}
@@ -148,13 +148,13 @@ def damaged(how):
 
 
 def memory_bytes(content):
-    return content['state']['blocks'][0]['memory']['weights'][0].numpy().tobytes()
+    return content['state']['blocks'][0]['memory']['weights'].numpy().tobytes()
 
 
 @pytest.mark.parametrize('how, words', [
     ('cut', 'not a readable memory file, truncated'), ('empty', 'not a readable memory file'), ('text', 'not a readable'),
     ('flipped', 'differs from its checksum'), ('a checkpoint', 'not a memory file, and will not be made one'),
-    ('other format', 'not a memory file of this version'), ('old format', 'not a memory file of this version (2)'),
+    ('other format', 'not a memory file of this version'), ('old format', 'not a memory file of this version (3)'),
     ('a tensor', 'not a memory file'), ('no model', 'not a memory file'),
     ('edited', 'changed after it was written: its sum differs'), ('edited, sum too', 'does not fit the model'),
     ('not a number, sum too', 'does not fit the model'), ('unread, sum too', 'what is no token'),

@@ -22,7 +22,7 @@ from model import TitansConfig
 transformers = pytest.importorskip('transformers', reason="transformers is not installed")
 
 STRETCH, VOCAB = 16, 256
-SMALL = {'segment_len': STRETCH, 'window_len': STRETCH, 'block_size': STRETCH, 'chunk_len': 4, 'memory_heads': 2}
+SMALL = {'segment_len': STRETCH, 'window_len': STRETCH, 'block_size': STRETCH, 'memory_heads': 2}
 VARIANTS = {
     'mac': {}, 'mac deep': {'memory_depth': 2, 'memory_gates': 'hard'}, 'mac without persistent tokens': {'num_persist_mem': 0},
     'mac long-term tokens': {'num_longterm_mem': 3}, 'mac in one block': {'memory_layers': '1'},

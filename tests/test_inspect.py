@@ -14,10 +14,10 @@ from reference import mlp, recurrence
 import checkpoint
 import inspect_memory
 from configurator import UserError
-from model import NeuralMemory, TitansConfig, TitansGPT
+from model import TitansConfig, TitansGPT
 from recorder import TOKEN, record
 
-CHUNK, LENGTHS = 4, (5, 1, 9, 6)  # calls that end inside a chunk, inside a segment, and at neither
+SEGMENT, LENGTHS = 8, (5, 1, 10, 5)  # calls that end inside a segment, and with one
 HOSTILE = ('def f(x):\r\n\treturn "é€😀"\n</script><script>window.hacked = 1; alert(1)</script>\n<img src=x onerror="hacked=1">'
            ' &amp; &#65; @@NAME@@ </div>\x1b[0m\rend\n\n')
 
@@ -25,7 +25,7 @@ HOSTILE = ('def f(x):\r\n\treturn "é€😀"\n</script><script>window.hacked = 
 def small(arch='mac', vocab_size=256, **options):
     torch.manual_seed(0)
     config = TitansConfig(arch=arch, block_size=16, vocab_size=vocab_size, n_layer=3, n_head=2, n_embd=16, memory_heads=2,
-                          segment_len=2 * CHUNK, window_len=6, chunk_len=CHUNK, **{'memory_layers': '0,2', **options})
+                          segment_len=SEGMENT, window_len=6, **{'memory_layers': '0,2', **options})
     model = TitansGPT(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -43,7 +43,7 @@ def read(model, idx, lengths, **options):
 
 
 def rms(x):
-    return x.square().mean((1, 3)).sqrt()  # (B, T)
+    return x.square().mean((2, 3)).sqrt()  # (B, T)
 
 
 @pytest.mark.parametrize('arch, depth', [('mac', 1), ('mac', 2), ('mag', 3), ('mal', 2), ('lmm', 1)])
@@ -57,31 +57,26 @@ def test_the_recorder_saw_the_recurrence(arch, depth):
     for handle in handles:
         handle.remove()
     assert seen.blocks == [0, 2] and len(seen.ends) == seen.norm_M.size(-1)
-    assert {4, 8, 12, 16, 20, 5, 6, 15, 21} == set(seen.ends)  # where chunks end, and calls
+    assert seen.ends == ([5, 6, 8, 16, 21] if arch == 'mac' else [5, 6, 16, 21])  # where segments end, and calls
     for i, memory in enumerate(memories):
         x = torch.cat(came[memory], dim=1)
-        q, k, v = memory.heads(memory.project(x, memory.c_qkv.weight, memory.conv, memory.init_state(2).tail)[0])
-        q, k, gates = memory.unit(q), memory.unit(k), memory.gate(x)
-        M = memory.init_state(2).weights
-        S = tuple(torch.zeros_like(w) for w in M)
-        clip, surprise, norms, y = NeuralMemory.ERROR_CLIP * math.sqrt(memory.head_dim), [], [], []
-        for at in range(0, idx.size(1), CHUNK):
-            surprise.append(rms(mlp_of(M, k[:, :, at:at + CHUNK]) - v[:, :, at:at + CHUNK]))
-            for end in [e for e in seen.ends if at < e <= at + CHUNK]:
-                out, *after = recurrence(M, S, *(p[:, :, at:end] for p in (q, k, v, *gates)), CHUNK, clip, True)
-                norms.append(torch.stack([sum(w.square().sum((1, 2, 3)) for w in part).sqrt() for part in after]))
-            (M, S), y = after, [*y, rms(out)]
-        want = {**{name: g.mean(1) for name, g in zip(TOKEN, gates, strict=False)}, 'surprise': torch.cat(surprise, dim=1),
-                'value': rms(v), 'read': torch.cat(y, dim=1), 'norm_M': torch.stack(norms, -1)[0],
-                'norm_S': torch.stack(norms, -1)[1]}
+        tail = memory.init_state(2).tail
+        q, k, v = memory.mix(memory.shift(memory.c_qkv(x), tail)[0], tail, 4).chunk(3, dim=2)
+        gates, M = memory.gate(x), [memory.init_state(2).weights] if depth == 1 else memory.layers(memory.init_state(2).weights)
+        S, surprise, norms, y = [torch.zeros_like(w) for w in M], [], [], []
+        for at in range(idx.size(1)):
+            surprise.append(rms((mlp(M, k[:, at])[0] - v[:, at])[:, None]))
+            read_, M, S = recurrence(M, S, *(p[:, at:at + 1] for p in (q, k, v, gates)))
+            y.append(rms(read_))
+            if at + 1 in seen.ends:
+                norms.append(torch.stack([sum(w.square().sum((1, 2, 3)) for w in part).sqrt() for part in (M, S)]))
+        want = {**{name: g.mean(2) for name, g in zip(TOKEN, gates.unbind(2), strict=False)},
+                'surprise': torch.cat(surprise, dim=1), 'value': rms(v), 'read': torch.cat(y, dim=1),
+                'norm_M': torch.stack(norms, -1)[0], 'norm_S': torch.stack(norms, -1)[1]}
         for name, value in want.items():
             torch.testing.assert_close(getattr(seen, name)[i].double(), value, rtol=1e-5, atol=1e-6, msg=f"{name} of layer {i}")
     last = torch.stack((seen.norm_M[..., -1], seen.norm_S[..., -1]), -1).mean(1)
     torch.testing.assert_close(last, model.norms(state), rtol=1e-5, atol=1e-6)
-
-
-def mlp_of(weights, k):
-    return torch.stack([mlp(weights, k[:, :, t])[0] for t in range(k.size(2))], dim=2)
 
 
 @pytest.mark.parametrize('update_memory', [True, False])
@@ -103,15 +98,14 @@ def test_recording_changes_nothing_and_pieces_are_the_whole(arch, update_memory)
     if not update_memory and arch == 'lmm':  # the first block has the same input: only M stands still
         with record(model) as on:
             read(model, idx, LENGTHS)
-        assert torch.equal(on.theta[0], pieces['theta'][0]) and torch.equal(on.surprise[0, :, :CHUNK],
-                                                                            pieces['surprise'][0, :, :CHUNK])
-        assert (on.surprise[0, :, CHUNK:] != pieces['surprise'][0, :, CHUNK:]).all()
+        assert torch.equal(on.theta[0], pieces['theta'][0]) and torch.equal(on.surprise[0, :, :1], pieces['surprise'][0, :, :1])
+        assert (on.surprise[0, :, 2:] != pieces['surprise'][0, :, 2:]).all()
 
 
 def test_the_methods_come_back_and_a_broken_call_does_not_count():
     model = small('mag')
     first, last = model.blocks[0].memory, model.blocks[2].memory
-    kept = last.write = last.write  # as compile_step puts it there
+    kept = last.forward = last.forward  # as compile_step puts it there
     idx = torch.randint(256, (1, 6))
     with pytest.raises(RuntimeError, match='broken off'), record(model) as seen:
         read(model, idx, 6)
@@ -123,7 +117,8 @@ def test_the_methods_come_back_and_a_broken_call_does_not_count():
             assert seen.surprise.shape == (2, 1, 6)
             read(model, idx, 6)
             assert seen.surprise.shape == (2, 1, 12)
-    assert not {'write', 'forward'} & set(vars(first)) and vars(last)['write'] is kept and 'forward' not in vars(last)
+    put = {'recurrence', 'in_one_call', 'forward'}
+    assert not put & set(vars(first)) and put & set(vars(last)) == {'forward'} and vars(last)['forward'] is kept
     assert not model._forward_hooks and not model._forward_pre_hooks
     with pytest.raises(ValueError, match='without memory'), record(small('gpt')):
         pass
@@ -170,14 +165,14 @@ def test_the_page_has_the_recorders_numbers_and_the_text(place, arch):
     for name in TOKEN:
         want = getattr(seen, name)[:, 0, :T]
         torch.testing.assert_close(torch.tensor(raw[name])[:, :T], want, rtol=1e-4, atol=1e-6, msg=name)
-        torch.testing.assert_close(torch.tensor(shown[name])[:, :T], want, rtol=6e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(torch.tensor(shown[name], dtype=want.dtype)[:, :T], want, rtol=6e-3, atol=1e-6, msg=name)
     torch.testing.assert_close(torch.tensor(shown['loss_off'][1:]), torch.tensor(raw['loss_off'][1:]), rtol=0, atol=1e-4)
     assert raw['loss'][0] is raw['loss_off'][0] is shown['loss'][0] is None and raw['tokens'] == idx[0].tolist()
     for name, want in ('loss', loss), ('loss_off', off):
         assert math.isclose(sum(raw[name][1:]) / T, want.item(), rel_tol=1e-5)
         assert f'<dd>{want.item():.3f}<' in page
     text = re.search(r'<div id="text"[^>]*>(.*?)</div>', page, re.DOTALL)[1]
-    assert len(re.findall('<b data-n=', text)) == (math.ceil((T + 1) / (2 * CHUNK)) if arch == 'mac' else 0)
+    assert len(re.findall('<b data-n=', text)) == (math.ceil((T + 1) / SEGMENT) if arch == 'mac' else 0)
     assert html.unescape(re.sub(r'<[^>]*>', '', text)) == HOSTILE and '<title>a&lt;b&gt;&amp;.txt' in page
     sizes = [int(n or 1) for n in re.findall(r'<i(?: class=\w)?(?: data-n=(\d))?>', text)]
     assert sum(sizes) == T + 1 and set(sizes) == {1, 2, 3, 4}  # letters of up to four bytes, each shown once

@@ -1,35 +1,33 @@
 """Every piece with a backward by hand, against autograd over its formula, in float64."""
-import math
+import concurrent.futures
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import kernels
-from model import NeuralMemory, TitansConfig
+import native
 
 
 def drawn(*shape):
     return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
 
-def conv(x, weight):
-    return F.conv1d(x.mT, weight[:, None], groups=x.size(2)).mT
-
-
-def features(z):
-    return (F.gelu(0.1 ** 0.5 * z) - 0.28209479177387814) / (0.5879149692443127 * math.sqrt(z.size(-1)))
-
-
-def through_features(g, z):
-    """By autograd, so that its own gradient is of second order."""
-    return torch.autograd.grad(features(z), z, g, create_graph=True)[0]
-
-
 def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, :a.size(-1)], sin[:, a.size(-1):]
     return torch.cat((a * c - b * s, a * s + b * c), dim=-1)
+
+
+def products(x):
+    """Each product from its factors, as one."""
+    n = x.size(-1)
+    rows = [torch.stack([x[..., s:t].prod(-1) if s <= t else torch.zeros_like(x[..., 0]) for s in range(n + 1)], dim=-1)
+            for t in range(n + 1)]
+    return torch.stack(rows, dim=-2)
 
 
 def angles():
@@ -42,11 +40,19 @@ PIECES = {
                  lambda: (drawn(2, 5, 6), drawn(6), 1e-6)),
     'rms_norm, a weight a head': (kernels.rms_norm, lambda x, w, eps: x / (eps + x.square().mean(-1, keepdim=True)).sqrt() * w,
                                   lambda: (drawn(2, 3, 5, 6), drawn(3, 1, 6), 1.0)),
-    'unit': (kernels.unit, lambda x, eps: F.normalize(x, dim=-1, eps=eps), lambda: (drawn(2, 5, 6), 2.0)),  # some are shorter
     'rotate': (kernels.rotate, rotate, lambda: (drawn(2, 5, 6), *angles())),
-    'causal_conv': (kernels.causal_conv, conv, lambda: (drawn(2, 9, 4), drawn(4, 3))),
-    'features': (kernels.features, features, lambda: (drawn(2, 5, 6),)),
-    'through_features': (kernels.through_features, through_features, lambda: (drawn(2, 5, 6), drawn(2, 5, 6))),
+    'products': (kernels.products, products, lambda: (torch.tensor([[0.3, 1e-12, 0.9, 1], [0.5, 0, 0.7, 0]],
+                                                                   dtype=torch.float64).requires_grad_(),)),
+    **{f'{name} in C{more}': (getattr(kernels, f'{name}_native'), getattr(kernels, f'{name}_in_torch'), draw)
+       for name, more, draw in (
+           ('short_conv', '', lambda: (drawn(2, 9, 3, 6), drawn(2, 3, 3, 6), drawn(3, 6, 4), 2, 1.0)),
+           ('short_conv', ', wide heads', lambda: (drawn(2, 2, 3, 40), drawn(2, 3, 3, 40), drawn(3, 40, 4), 2, 0.1)),
+           ('short_conv', ', no convolution', lambda: (drawn(2, 9, 3, 6), drawn(2, 0, 3, 6).detach(), None, 3, 1.0)),
+           ('recall', '', lambda: (drawn(2, 9, 3, 6), drawn(2, 3, 6, 6))),
+           ('recall', ', wide heads', lambda: (drawn(2, 9, 3, 40), drawn(2, 3, 40, 40))),
+           ('join', '', lambda: (drawn(2, 9, 3, 6), drawn(2, 9, 3, 6), drawn(2, 3, 6))),
+           ('join', ', wide heads', lambda: (drawn(2, 9, 3, 40), drawn(2, 9, 3, 40), drawn(2, 3, 40))))
+       if native.library() is not None},
 }
 
 
@@ -93,70 +99,112 @@ def test_norms_of_half_precision_are_computed_in_float32(dtype, tolerance):
         torch.testing.assert_close(low.float(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
-@pytest.mark.parametrize('stable', [True, False])
-@pytest.mark.parametrize('depth', [1, 2, 3])
-def test_chunk_is_its_tokens_one_by_one(depth, stable):
-    """What is read, the memory after it, and the gradients of all that goes in, to 1e-10: whole, and through the open chunk."""
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+def strided(*shape, dtype=torch.float32):
+    """A tensor whose last axis alone is contiguous."""
+    return torch.randn(shape[0], shape[1], 3, *shape[2:], dtype=dtype)[:, :, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize('width', [8, 40])
+def test_threads_change_no_bit(width, monkeypatch):
+    """Forward and backward of all four steps by 1, 2 and 5 threads, enough work for each."""
     torch.manual_seed(0)
-    H, D, n = 2, 6, 7
-    module = NeuralMemory(TitansConfig(n_head=1, n_embd=H * D, memory_heads=H, memory_depth=depth, chunk_len=n, segment_len=n,
-                                       memory_stable=stable)).double()
-    size = 1 if stable else 0.3  # without the stabiliser strong keys diverge, in both alike
-    q, k = (F.normalize(torch.randn(2, H, n, D, dtype=torch.float64), dim=-1) * size for _ in range(2))
-    leaves = [q, k, size * torch.randn(2, H, n, D, dtype=torch.float64), *torch.rand(3, 2, H, n, dtype=torch.float64).unbind(),
-              *(torch.randn(2, *w.shape, dtype=torch.float64) for _ in range(2) for w in module.initial)]
-    for x in leaves:
-        x.requires_grad_()
-    tokens, weights, surprise = leaves[:6], tuple(leaves[6:6 + depth]), tuple(leaves[6 + depth:])
-    state = module.init_state(2)._replace(weights=weights, surprise=surprise, begin=weights)
-    y, *after = kernels.chunk(module.limit, *tokens, *state.weights, *state.surprise)
-    reads = []
-    for i in range(n):
-        q, k, v, *gates = (x[:, :, i:i + 1] for x in tokens)
-        read, state = module.write(state, q, k, v, gates)
-        reads.append(read)
-    got, want = (y, *after), (torch.cat(reads, dim=2), *state.weights, *state.surprise)
-    mix = [torch.randn_like(x) for x in want]
-    gradients = [torch.autograd.grad(xs, leaves, mix) for xs in (got, want)]
-    for a, b in [*zip(got, want, strict=True), *zip(*gradients, strict=True)]:
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1, b.abs().max().item()))
-
-
-def test_a_gate_at_its_end_gets_no_gradient():
-    """The derivative by the logarithm of 1 - alpha = 0 or eta = 0 has no meaning: it is 0, and those of the others stay."""
-    torch.manual_seed(0)
-    D, n = 4, 5
-    q, k, v = F.normalize(torch.randn(3, 1, 1, n, D, dtype=torch.float64), dim=-1)
-    gates = [torch.rand(1, 1, n, dtype=torch.float64) for _ in range(3)]
-    gates[1][..., 2], gates[2][..., 3] = 0, 1
-    leaves = [x.requires_grad_() for x in (*gates, torch.randn(1, 1, D, D, dtype=torch.float64))]
-    out = kernels.chunk(math.inf, q, k, v, *leaves, torch.zeros(1, 1, D, D, dtype=torch.float64))
-    _, eta, alpha, _ = torch.autograd.grad(sum(x.square().sum() for x in out), leaves)
-    assert eta[..., 2].item() == 0 and (eta[..., 3:] != 0).all()
-    assert (alpha == 0).flatten().tolist() == [i == 3 for i in range(n)]
-
-
-def test_chunk_in_float32():
-    """
-    Gradients as in float64 to 1e-4 of the largest, also where gates come close to their ends; and the same to the bit with an
-    autocast around the backward.
-    """
-    torch.manual_seed(0)
-    B, H, D, n = 2, 2, 8, 32
-    module = NeuralMemory(TitansConfig(n_head=1, n_embd=H * D, memory_heads=H, memory_depth=2, chunk_len=n, segment_len=n))
-    q, k = (F.normalize(torch.randn(B, H, n, D), dim=-1) for _ in range(2))
-    theta, eta, alpha = torch.rand(3, B, H, n)
-    eta[..., 5], alpha[..., 9] = 1e-6, 1 - 1e-6
-    weights = [torch.randn(B, *w.shape) for w in module.initial]
-    inputs = [q, k, torch.randn(B, H, n, D), theta, eta, alpha, *weights, *(0.1 * torch.randn_like(w) for w in weights)]
+    B, T, H = 3, 200, 3
+    q, k, v = (F.normalize(strided(B, T, H, width), dim=-1) for _ in range(3))
+    gates = torch.rand(B, T, 3, H) / 2
+    M, S, tail, taps, gains = (torch.randn(*shape) for shape in (
+        (B, H, width, width), (B, H, width, width), (B, 3, H, width), (H, width, 4), (2, H, width)))
     found = []
-    for dtype in torch.float32, torch.float64:
-        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
-        out = kernels.chunk(module.limit, *leaves)
-        found.append(torch.autograd.grad(sum(x.square().sum() for x in out), leaves, retain_graph=True))
-        if dtype == torch.float32:
-            with torch.autocast('cpu', torch.bfloat16):
-                again = torch.autograd.grad(out, leaves, [2 * x for x in out])
-            assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4 * b.abs().max().item())
+    for threads in 1, 2, 5:
+        monkeypatch.setattr(torch, 'get_num_threads', lambda n=threads: n)
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, gates, M, S, tail, taps, gains)]
+        q_, k_, v_, gates_, M_, S_, tail_, taps_, gains_ = leaves
+        y, *state = kernels.recurrence_native(kernels.short_conv_native(q_, tail_, taps_, 2, 0.1), k_, v_, gates_, M_, S_)
+        out = [kernels.join_native(y, kernels.recall_native(q_, state[0]), gains_), *state]
+        found.append([*out, *torch.autograd.grad([x.square().sum() for x in out], leaves)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_text_cut_anywhere_has_the_same_bits(dtype):
+    """The loop in C token by token = in one call, to the bit."""
+    torch.manual_seed(0)
+    q, k, v, gates = (*torch.randn(3, 2, 40, 2, 20, dtype=dtype) / 5, torch.rand(2, 40, 3, 2, dtype=dtype) / 2)
+    M, S = torch.randn(2, 2, 2, 20, 20, dtype=dtype)
+    whole, state, read = kernels.recurrence_native(q, k, v, gates, M, S), (M, S), []
+    for t in range(40):
+        y, *state = kernels.recurrence_native(*(x[:, t:t + 1] for x in (q, k, v, gates)), *state)
+        read.append(y)
+    for a, b in zip(whole, (torch.cat(read, dim=1), *state), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_the_loop_is_an_operator():
+    """PyTorch's own checks of its operators: schemas, shapes without content, tracing."""
+    q, gates, M, taps = torch.randn(2, 5, 3, 6), torch.rand(2, 5, 3, 3), torch.randn(2, 3, 6, 6), torch.randn(3, 6, 4)
+    ops, d, kept = torch.ops.nanotitans, *native.recurrence(q, q, q, gates, M, M, True)[3:]
+    for op, args in ((ops.recurrence, (q, q, q, gates, M, M, True)), (ops.recurrence, (q, q, q, gates, M, M, False)),
+                     (ops.recurrence_backward, (q, q, q, gates, d, kept, q, M, M)), (ops.recall, (q, M)),
+                     (ops.recall_backward, (q, M, q)), (ops.short_conv, (q, q[:, :3], taps, 2, 0.1)),
+                     (ops.short_conv_backward, (q, q[:, :3], taps, 2, 0.1, q)), (ops.join, (q, q, M[:, :, 0])),
+                     (ops.join_backward, (q, q, M[:, :, 0], q))):
+        torch.library.opcheck(op.default, args, test_utils=('test_schema', 'test_faketensor'))
+
+
+@needs_compiler
+def test_numbers_of_another_precision_are_refused():
+    q, M = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 4, 4)
+    with pytest.raises(TypeError, match='gates must be torch.float32'):
+        native.recurrence(q, q, q, torch.rand(1, 2, 3, 1).double(), M, M, False)
+
+
+def loads(tmp_path, code='', **environment):
+    """What a process of its own says that computes with a memory. -> out, err, rc"""
+    code += """
+import torch
+import kernels
+q, gates, M = torch.randn(1, 3, 1, 4), torch.rand(1, 3, 3, 1), torch.zeros(1, 1, 4, 4)
+for _ in range(2):
+    print(type(kernels.recurrence(q.requires_grad_(), q, q, gates, M, M)[0].grad_fn).__name__)
+"""
+    env = {k: v for k, v in os.environ.items() if k != 'NANOTITANS_KERNEL'} | {'NANOTITANS_CACHE': str(tmp_path)} | environment
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env,
+                          cwd=os.path.dirname(kernels.__file__))
+    return done.stdout.split(), done.stderr, done.returncode
+
+
+@pytest.mark.parametrize('environment, says', [
+    ({'CC': 'no-such-compiler'}, 'no-such-compiler'), ({'CC': 'false'}, 'false failed'),
+    ({'NANOTITANS_CACHE': '/proc/nowhere'}, '/proc/nowhere')])
+def test_without_a_compiler_the_blocks_run_and_one_line_says_so(tmp_path, environment, says):
+    out, err, rc = loads(tmp_path, **environment)
+    assert rc == 0 and out == ['TransposeBackward0'] * 2
+    assert len(err.splitlines()) == 1 and says in err and 'several times slower' in err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+    out, err, rc = loads(tmp_path, **environment, NANOTITANS_KERNEL='blocks')  # asked for: nothing to say
+    assert rc == 0 and out == ['TransposeBackward0'] * 2 and err == ''
+    out, err, rc = loads(tmp_path, **environment, NANOTITANS_KERNEL='loop')
+    assert rc != 0 and err.splitlines()[-1].startswith('configurator.UserError: kernel=loop') and says in err
+
+
+@needs_compiler
+def test_compiled_once_by_however_many_processes(tmp_path):
+    """Four at once, then one without a compiler: one file, and the loop in all of them, in forks, too."""
+    fork = """
+import os, torch, kernels
+kernels.recall(torch.randn(8, 400, 2, 32), torch.randn(8, 2, 32, 32))
+if os.fork():
+    os.wait()
+"""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda code: loads(tmp_path, code), ['', '', '', fork]))
+    assert [rc for *_, rc in done] == [0] * 4 and {name for out, *_ in done for name in out} == {'recurrence_nativeBackward'}
+    assert [len(out) for out, *_ in done] == [2, 2, 2, 4]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert loads(tmp_path, 'import subprocess; subprocess.run = None')[2] == 0  # nothing is compiled again

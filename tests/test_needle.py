@@ -18,7 +18,7 @@ from eval_needle import Asker, Evaluation, NeedleConfig
 from needle import TASKS, Haystack, training_row
 
 TEXT = ' '.join(f"Sentence {i} of this long tale says that {'very ' * (i % 5)}little happens." for i in range(1500))
-SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--segment_len=16', '--chunk_len=16',
+SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--segment_len=16',
          '--device=cpu']
 
 

@@ -12,15 +12,15 @@ import eval_recall
 import prepare
 import train
 from configurator import UserError
-from recall import FILLER, GAP, LENGTH, PAIRS, VALUES, recall_row
+from recall import ASKED, FILLER, GAP, LENGTH, PAIRS, VALUES, recall_row
 
 
-@pytest.mark.parametrize('pairs', PAIRS)
+@pytest.mark.parametrize('pairs', ASKED)
 def test_every_value_was_told_three_segments_before(pairs):
     ids, weights = recall_row(np.random.default_rng(pairs), pairs)
-    assert len(ids) == len(weights) == LENGTH + 1
+    assert len(ids) == len(weights) == (LENGTH + 1 if pairs in PAIRS else 4 * pairs + GAP)
     asked = np.flatnonzero(weights)
-    assert len(asked) == pairs and weights.sum() == max(PAIRS) and set(ids[asked]) <= set(VALUES)
+    assert len(asked) == pairs and weights.sum() == max(pairs, max(PAIRS)) and set(ids[asked]) <= set(VALUES)
     told = {}
     for at in range(asked[0] - 1):
         if ids[at] not in FILLER and ids[at] not in VALUES:
@@ -42,7 +42,7 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
     assert eval_recall.main(['--out_dir=a,a/', '--rows=4', '--device=cpu']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[0] for line in lines[1:4]] == ['a', 'a, never written', 'a']
-    assert lines[5].split() == ['chance', '52.1', '34.0', '21.1', '12.7']
+    assert lines[5].split() == ['chance', '52.1', '34.0', '21.1', '12.7', '7.4']
     assert Path('a/recall.png').read_bytes()[:4] == b'\x89PNG'
     content = json.loads(Path('a/recall.json').read_text())
     assert content['config']['rows'] == 4 and len(content['models']) == 2

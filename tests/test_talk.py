@@ -211,7 +211,7 @@ def test_learning_refuses(model, flags, words):
 
 @pytest.mark.parametrize('arch, tokens', [('lmm', 0), ('mac', 32), ('mag', 3 * 16), ('gpt', 64)])
 def test_how_far_attention_reaches(arch, tokens):
-    config = TitansConfig(arch=arch, n_layer=3, block_size=64, segment_len=32, window_len=16, chunk_len=16)
+    config = TitansConfig(arch=arch, n_layer=3, block_size=64, segment_len=32, window_len=16)
     assert eval_learning.reach(config) == tokens
 
 

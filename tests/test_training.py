@@ -152,7 +152,7 @@ def test_dropout_of_attention():
     """The mean over many masks is what attention gives without one; each mask gives something else."""
     torch.manual_seed(0)
     attention = build('gpt', torch.float32, dropout=0.3, shake=0.3).blocks[0].attn.train()
-    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    q, k, v = torch.randn(3, 1, 6, 2, 8)
     with torch.no_grad():
         draws = torch.stack([attention(q, k, v) for _ in range(3000)])
         want = attention.eval()(q, k, v)
@@ -186,14 +186,14 @@ def test_a_memory_begins_as_an_induction_head(kernel):
     """Queries and keys are the same random mix of K - 1 tokens, of unit size, keys one token back; values are this token."""
     torch.manual_seed(0)
     memory = NeuralMemory(TitansConfig(n_embd=512, n_head=2, memory_heads=2, memory_conv=kernel))
-    q, k, v = memory.conv.squeeze(2).detach().chunk(3)
+    q, k, v = memory.conv.detach().flatten(0, 1).chunk(3)
     assert torch.equal(q[:, 1:], k[:, :-1]) and not q[:, 0].any() and not k[:, -1].any()
     assert q.square().sum(1).mean().item() == pytest.approx(1, rel=0.15)
     assert v[:, -1].mean().item() == pytest.approx(1, abs=0.02) and v.std(0).mean().item() == pytest.approx(0.1, rel=0.1)
     q, k, v = memory.c_qkv.weight.detach().chunk(3)
     assert torch.equal(q, k) and not torch.equal(k, v)
     assert q.std().item() == pytest.approx(512 ** -0.5, rel=0.05) == v.std().item()
-    assert (memory.gain == 0.1).all() and not memory.initial[0].any() and not memory.c_gates.weight.any()
+    assert (memory.gain == 0.1).all() and not memory.initial.any() and not memory.c_gates.weight.any()
 
 
 def test_repetition_penalty_counts_what_was_generated(monkeypatch):

@@ -6,7 +6,11 @@ import sys
 # What pytest is given: the sharpest first, since the first failure ends it; without what takes long and notices no more.
 TESTS = {
     'model.py': "test_oracles.py test_memory.py test_training.py test_model.py -k 'not compiled and not 32k'",
+    'memory.py': "test_oracles.py test_memory.py test_training.py test_model.py -k 'not compiled and not 32k'",
+    'deep.py': "test_memory.py test_model.py -k 'depth or deep'",
+    'sampling.py': "test_model.py test_training.py -k 'sampling or filters or greedy or repetition or temperature'",
     'kernels.py': "test_kernels.py test_oracles.py test_memory.py",
+    'native.py': "test_kernels.py test_memory.py",
     'train.py': "test_training.py test_train.py test_parallel.py test_cli.py test_faults.py"
                 " -k '(test_train and not no_nan and not canary and not interrupt)"
                 " or doc_reset or carried_document or carry_state or wrong_flag or not_use or where_a_run or foreign"
