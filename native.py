@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name('native.c')
 FLAGS = ('-O3', '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native', '-std=gnu17', '-fPIC',
          '-shared')
 CHOICES = ('auto', 'loop', 'blocks')
+REMEDY = "install a C compiler, or name yours with CC="
 chosen = os.environ.get('NANOTITANS_KERNEL', 'auto')
 if chosen not in CHOICES:
     raise SystemExit(f"NANOTITANS_KERNEL={chosen} is not one of {', '.join(CHOICES)}")
@@ -49,7 +50,7 @@ def processor():
 
 def compiled():
     """The path of the compiled library; compiled now if this source never was, here. OSError if it cannot be."""
-    compiler = os.environ.get('CC', 'cc').split()
+    compiler = (os.environ.get('CC') or 'cc').split()
     key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, FLAGS, platform.machine(), processor())).encode()).hexdigest()
     folder = Path(os.environ.get('NANOTITANS_CACHE') or
                   Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanotitans')
@@ -79,8 +80,8 @@ def library():
         lib = ctypes.CDLL(str(compiled()))
     except OSError as e:
         if chosen == 'loop':
-            raise UserError(f"kernel=loop: {e}") from None
-        print(f"without a compiled native.c the memory is several times slower on a CPU: {e}", file=sys.stderr)
+            raise UserError(f"kernel=loop: {e}; {REMEDY}") from None
+        print(f"without a compiled native.c the memory is several times slower on a CPU: {e}; {REMEDY}", file=sys.stderr)
         return None
     for step in lib.step_float32, lib.step_float64:
         step.argtypes = [*[ctypes.c_long] * 5, ctypes.c_double, *[ctypes.c_void_p] * 13]

@@ -626,7 +626,7 @@ class Run:
                                 f"blocks {','.join(map(str, config.memory_blocks()))}"
                                 f"{'' if config.update_memory else ', frozen'}, computed by {how}"),
                      ('gates', f"{config.memory_gates}; they start here {learnt}:"),
-                     ('  memory_lr', f"theta {theta:.3g} = {config.memory_lr:g} of the largest stable step"),
+                     ('  memory_lr', f"theta {theta:.3g} = {config.memory_lr:g} of the largest step"),
                      ('  memory_momentum', f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'),
                      ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
         if config.ignored:
