@@ -92,7 +92,7 @@ compare: .venv/ready
 	$(BIN)/python plot.py out/compare/*
 
 # what finding needles needs: the same short training with one thing changed at a time; 40 minutes on one core
-ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=0 --memory_momentum=0.01 --num_persist_mem=0 \
+ABLATIONS = --seed=1337 --memory_depth=2 --memory_conv=0 --memory_momentum=0.5,--memory_lr=0.6 --num_persist_mem=0 \
   --num_longterm_mem=8 --forget_cost=0 --forget_cost=0,--write_cost=0 --memory_gates=sigmoid,--memory_decay=0.0003
 ablate: .venv/ready
 	$(BIN)/python prepare.py needle
@@ -101,12 +101,11 @@ ablate: .venv/ready
 	  $(BIN)/python eval_needle.py --out_dir=$$out --control=False --lengths=1024,16384 --depths=50 --samples=50 --cell_tokens=262144; \
 	done
 
-# every architecture at nearly equal parameters and equal tokens, 3 seeds: text and needles; two hours on one core.
-# name:changes:width on text:width on needles. window is attention without memory; delta is memory without momentum, a gated delta
-# rule
-FAMILY = gpt:--arch=gpt:152:104 window:--arch=mag,--memory_layers=none:152:104 delta:--arch=lmm,--memory_momentum=0:148:108 \
-  mac:--arch=mac:128:96 mac-2:--arch=mac,--memory_depth=2:128:96 mag:--arch=mag:128:96 mag-2:--arch=mag,--memory_depth=2:128:96 \
-  mal:--arch=mal:128:96 mal-2:--arch=mal,--memory_depth=2:128:96 lmm:--arch=lmm:148:108 lmm-2:--arch=lmm,--memory_depth=2:144:104
+# every architecture at nearly equal parameters and equal tokens, 3 seeds: text and needles; an hour on one core.
+# name:changes:width on text:width on needles. window is attention without memory, lmm-m is lmm with momentum
+FAMILY = gpt:--arch=gpt:152:104 window:--arch=mag,--memory_layers=none:152:104 mac:--arch=mac:128:96 mag:--arch=mag:128:96 \
+  mal:--arch=mal:128:96 lmm:--arch=lmm:148:108 lmm-m:--arch=lmm,--memory_momentum=0.5,--memory_lr=0.6:148:108 \
+  mac-2:--arch=mac,--memory_depth=2:128:96
 family: .venv/ready
 	$(BIN)/python prepare.py stdlib
 	$(BIN)/python prepare.py needle

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import UserError
-from model import Attention, GPTBlock, KVCache, MACBlock, MAGBlock, MALBlock, TitansGPT, pieces, visible
+from model import Attention, GPTBlock, KVCache, MACBlock, MAGBlock, MALBlock, TitansGPT, cut, pieces, visible
 
 NAMES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
 SHAPE = 'backbone', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias', 'tie_weights'  # options that the weights decide
@@ -61,7 +61,7 @@ class Graft:
         here, cache, out = pos % self.window, state.kv, []
         beside = None if self.persist is None else self.attn.kv(self.persist, self.attn.kv_weights())
         sizes = pieces(here, x.size(1), self.window)
-        for q, k, v in zip(*(part.split(sizes, dim=1) for part in self.attn.qkv(x)), strict=True):
+        for q, k, v in zip(*(cut(part, sizes) for part in self.attn.qkv(x)), strict=True):
             n, past = q.size(1), cache.k.size(1)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
             own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)

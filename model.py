@@ -192,6 +192,11 @@ def pieces(filled, T, size):
     return [first] + [size] * ((T - first) // size) + [(T - first) % size] * ((T - first) % size > 0)
 
 
+def cut(x, sizes, dim=1):
+    """x in pieces of so many tokens: x itself if they are one, as when a token is generated."""
+    return (x,) if len(sizes) == 1 else x.split(sizes, dim)
+
+
 def places(begin, T, size, device):
     """Where T tokens stand in units of `size`, the first at `begin`: an index for tables of `size` rows."""
     return slice(begin, begin + T) if begin + T <= size else (begin + torch.arange(T, device=device)) % size
@@ -312,7 +317,7 @@ class Attention(nn.Module):
         second = self.angles(x, 2 * window, slice(window, None), still)  # queries stand in the second block
         at = places(here, x.size(1), window, x.device)
         sizes, qkv = pieces(here, x.size(1), window), self.qkv(x, [table[at] for table in second])
-        for q, k, v in zip(*(part.split(sizes, dim=1) for part in qkv), strict=True):
+        for q, k, v in zip(*(cut(part, sizes) for part in qkv), strict=True):
             n, past = q.size(1), cache.k.size(1)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
             own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
@@ -565,12 +570,11 @@ class MACBlock(Block):
         asked = [None] * len(sizes)
         if self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
-            state, asked = state._replace(tail=tail), asked.split(sizes, dim=1)
+            state, asked = state._replace(tail=tail), cut(asked, sizes)
         opens = here == 0 or len(sizes) > 1
         first = self.attn.kv(self.persist, weights) if opens and self.persist is not None else None
         seen, read = [], []
-        for parts in zip(x.split(sizes, 1), *(t.split(sizes, 0) for t in angles), *(t.split(sizes, 1) for t in qkv), asked,
-                         strict=True):
+        for parts in zip(cut(x, sizes), *(cut(t, sizes, 0) for t in angles), *(cut(t, sizes) for t in qkv), asked, strict=True):
             if here == 0:
                 state = self.open_segment(state, first, weights, u)
             arguments = (state, *parts, here, weights, update_memory)

@@ -21,7 +21,7 @@ warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
-write_cost = 2.0        # nats per unit of mean theta
+write_cost = 1.0        # nats per unit of mean theta
 forget_cost = 200.0     # nats per unit of mean alpha, by nature far smaller than theta
 cost_from = 0.4         # once it can recall: asked earlier, the gates close for good
 
