@@ -26,21 +26,23 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import bmm_flop, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import checkpoint
-import configurator
-import native
-from configurator import UserError
 from model import TitansConfig, TitansGPT
-from parallel import BYTES_A_PARAMETER, pick_device, pick_dtype
-from plot import brief, pyplot, save
-from train import TrainConfig, commit
+from nanotitans import configurator
+from nanotitans.configurator import Count, Positive, Range, UserError, check_ranges
+from nanotitans.device import pick_device, pick_dtype
+from nanotitans.figures import pyplot, save_figure, short_count
+from nanotitans.files import save_json
+from nanotitans.kernels import native
+from nanotitans.parallel import BYTES_A_PARAMETER
+from nanotitans.report import commit
+from train import TrainConfig
 
 SMALL = {'vocab_size': 256, 'segment_len': 64, 'window_len': 64}
 SHAPES = {'S': {**SMALL, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'memory_heads': 4},
@@ -51,38 +53,31 @@ PEER = 'titans-pytorch'
 
 @dataclass
 class BenchConfig:
-    shape: Literal['S', 'M', '124M'] = 'S'
-    models: str = 'gpt,mac,mac-2,mag-2,mal-2,lmm,lmm-2'
+    shape: Literal['S', 'M', '124M'] = 'S'  # S: 4 layers, 128 wide; M: 6, 384; 124M: GPT-2 small
+    models: str = 'gpt,mac,mac-2,mag-2,mal-2,lmm,lmm-2'  # architectures; -2 to -4: depth of the memory; +compile
     sizes: str = '4x512'            # rows x tokens of a training step and of a forward pass
     measure: str = 'train,forward,memory'  # and stream
-    stream: int = 1048576           # tokens that measure=stream reads; gpt, whose window is what it has, reads 512
-    memory_momentum: float = 0.0
-    num_longterm_mem: int = 0
-    checkpoint_segments: bool = False
-    peer: Literal['', 'titans-pytorch'] = ''
+    stream: Annotated[int, Range(4096)] = 1048576  # tokens that measure=stream reads; gpt, whose window is all it has: 512
+    memory_momentum: float = 0.0    # as in train.py
+    num_longterm_mem: int = 0       # as in train.py
+    checkpoint_segments: bool = False  # as in train.py
+    peer: Literal['', 'titans-pytorch'] = ''  # a package to compare with, if it is installed
     plan: str = ''                  # a config of train.py: count what it does and measure nothing
     kernel: Literal['auto', 'loop', 'blocks'] = 'auto'  # the memory in native.c, in PyTorch; auto: the first where it can be
-    gpus: int = 8                   # of plan, and what one of them can: H100 SXM, bfloat16
-    gpu_flops: float = 989e12
-    gpu_bytes: float = 3.35e12
-    gpu_share: float = 0.4          # the part of gpu_flops that large Transformers reach
-    repeats: int = 7
+    gpus: Count = 8                 # of plan, and what one of them can: H100 SXM, bfloat16
+    gpu_flops: Positive = 989e12    # operations a second
+    gpu_bytes: Positive = 3.35e12   # bytes a second from its memory
+    gpu_share: Positive = 0.4       # the part of gpu_flops that large Transformers reach
+    repeats: Count = 7              # of each measurement; the median counts
     most_seconds: float = 60        # a length at which one step takes longer is not repeated, and no longer one is tried
-    threads: int = 1                # of the CPU; 0 = PyTorch's choice
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
-    out_dir: str = 'out/bench'
-    seed: int = 1337
+    threads: Annotated[int, Range(0, 1024)] = 1  # of the CPU; 0 = PyTorch's choice
+    device: str = 'auto'            # cuda, mps or cpu, whichever there is, in this order
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
+    out_dir: str = 'out/bench'      # where bench.json and bench.png go
+    seed: int = 1337                # of weights and tokens
 
     def __post_init__(self):
-        for name, least in ('repeats', 1), ('stream', 4096), ('threads', 0), ('gpus', 1):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in 'gpu_flops', 'gpu_bytes', 'gpu_share':
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.threads > 1024:
-            raise ValueError(f"threads={self.threads} must be at most 1024")
+        check_ranges(self)
         wrong = set(self.measure.split(',')) - {'train', 'forward', 'memory', 'stream'}
         if wrong:
             raise ValueError(f"measure={self.measure}: '{min(wrong)}' is not one of train, forward, memory, stream")
@@ -329,25 +324,32 @@ def spread(seconds):
     return {'median': median, 'low': low, 'high': high, 'n': len(seconds)}
 
 
+def time_models(config, what, rows, length, size, too_slow):
+    """{name: model}, {name: [seconds]}; the names that took too long join too_slow, and are not tried with a larger size."""
+    models, times = {}, {}
+    for name in config.names:
+        if name in too_slow:
+            say(f"{size} {name:<14} not tried: a shorter one took over {config.most_seconds:g} s")
+            continue
+        model = make(config, name, rows, length)
+        model.timed(what)  # compiles, fills caches
+        took = model.timed(what)
+        models[name], times[name] = model, [took]
+        if took > config.most_seconds:
+            too_slow.add(name)
+    for _ in range(config.repeats - 1):
+        for name in models:
+            if name not in too_slow:
+                times[name].append(models[name].timed(what))
+    return models, times
+
+
 def steps(config, what, limits):
     """Tokens/s of `what` (train, forward) for each model and size, all models of a size in turn. Yields the rows of a size."""
     too_slow = set()
     for rows, length in config.cells:
-        models, times, size = {}, {}, f"{what:<8} {rows} x {length:<6}"
-        for name in config.names:
-            if name in too_slow:
-                say(f"{size} {name:<14} not tried: a shorter one took over {config.most_seconds:g} s")
-                continue
-            model = make(config, name, rows, length)
-            model.timed(what)  # compiles, fills caches
-            took = model.timed(what)
-            models[name], times[name] = model, [took]
-            if took > config.most_seconds:
-                too_slow.add(name)
-        for _ in range(config.repeats - 1):
-            for name in models:
-                if name not in too_slow:
-                    times[name].append(models[name].timed(what))
+        size = f"{what:<8} {rows} x {length:<6}"
+        models, times = time_models(config, what, rows, length, size, too_slow)
         found = []
         for name, model in models.items():
             seconds, tokens = spread(times[name]), rows * length
@@ -411,8 +413,13 @@ def stream(config):
             rate, held = (mark - start) / (time.perf_counter() - began), peak_bytes(model.device)
             states[name, mark] = pickle.dumps(state)  # its many small tensors would keep free memory from being given back
             if mark > 512:
-                say(f"prefill  to {brief(mark):<9} {name:<14} {rate:>9,.0f} tokens/s, {held / 1e6:,.0f} MB")
+                say(f"prefill  to {short_count(mark):<9} {name:<14} {rate:>9,.0f} tokens/s, {held / 1e6:,.0f} MB")
                 yield [{'what': 'prefill', 'model': name, 'from': start, 'to': mark, 'tokens_per_s': rate, 'peak': held}]
+    yield from generate(config, models, states)
+
+
+def generate(config, models, states):
+    """A segment generated token by token from each state {(name, position): pickled}, all in turn. Yields a row at a time."""
     times, length = {key: [] for key in states}, SHAPES[config.shape]['segment_len']
     for repeat in range(config.repeats + 1):
         for (name, mark), state in states.items():
@@ -427,7 +434,7 @@ def stream(config):
                 times[name, mark].append((time.perf_counter() - began) / length)
     for (name, mark), seconds in times.items():
         seconds = spread(seconds)
-        say(f"generate at {brief(mark):<6} {name:<14} {1000 * seconds['median']:9.2f} ms a token"
+        say(f"generate at {short_count(mark):<6} {name:<14} {1000 * seconds['median']:9.2f} ms a token"
             f"  ({1000 * seconds['low']:.2f} to {1000 * seconds['high']:.2f})")
         yield [{'what': 'generate', 'model': name, 'position': mark, 'seconds': seconds}]
 
@@ -455,11 +462,11 @@ def draw(rows, title, path):
                           color=f'C{models.index(model)}', label=f'{model}, {what}')
     axes.set(xscale='log', yscale='log', xlabel='tokens of context', ylabel='tokens/s', title=title)
     ticks = sorted({r.get('length', r.get('to')) for r in rows if 'tokens_per_s' in r})
-    axes.set_xticks(ticks, map(brief, ticks), minor=False)
+    axes.set_xticks(ticks, map(short_count, ticks), minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv):
@@ -489,7 +496,7 @@ def main(argv):
     for what in [w for w in ways if w in config.measure.split(',')]:
         for found in ways[what]():
             rows += found
-            checkpoint.save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
+            save_json(os.path.join(config.out_dir, 'bench.json'), {**about, 'rows': rows}, indent=1)
     if any('tokens_per_s' in r for r in rows):
         path = os.path.join(config.out_dir, 'bench.png')
         draw(rows, f"shape {config.shape}, {kind}, threads: {about['threads']}", path)

@@ -12,39 +12,34 @@ import itertools
 import math
 import os
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-import configurator
-from checkpoint import save_json
-from configurator import UserError
-from dataset import Dataset
-from plot import brief, pyplot, save
-from sample import Reader
+from nanotitans import configurator
+from nanotitans.configurator import Count, UserError, check_ranges
+from nanotitans.dataset import Dataset
+from nanotitans.figures import pyplot, save_figure, short_count
+from nanotitans.files import save_json
+from nanotitans.reader import ReaderConfig, modes
 
 BLOCK = 1024  # tokens read at once
 
 
 @dataclass
-class ContextConfig:
+class ContextConfig(ReaderConfig):
     out_dir: str = 'out/stdlib_cpu'
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
-    baseline: str = ''          # a second run's out_dir
-    data_dir: str = 'data'
-    dataset: str = 'stdlib'     # any prepared data set with the checkpoint's tokenizer
-    length: int = 65536         # tokens of a document, a power of two; 1048576 is a million
-    rows: int = 4               # documents, read side by side
-    update_memory: bool = True  # False: only the control, whose memory is never written
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    baseline: str = ''              # a second run's out_dir
+    data_dir: str = 'data'          # where data sets are
+    dataset: str = 'stdlib'         # any prepared data set with the checkpoint's tokenizer
+    length: int = 65536             # tokens of a document, a power of two; 1048576 is a million
+    rows: Count = 4                 # documents, read side by side
+    update_memory: bool = True      # False: only the control, whose memory is never written
 
     def __post_init__(self):
+        check_ranges(self)
         if self.length < BLOCK or self.length & (self.length - 1):
             raise ValueError(f"length={self.length} must be a power of two, at least {BLOCK}")
-        if self.rows < 1:
-            raise ValueError(f"rows={self.rows} must be at least 1")
 
 
 @torch.no_grad()
@@ -78,11 +73,11 @@ def draw(curves, path):
         axes.plot([b for _, b, _ in parts], [loss for *_, loss in parts], marker='o', markersize=4, label=name)
     axes.set_xscale('log', base=2)
     ticks = [b for _, b, _ in octaves(next(iter(curves.values())))]
-    axes.set_xticks(ticks, [brief(t) for t in ticks], fontsize=8)
+    axes.set_xticks(ticks, [short_count(t) for t in ticks], fontsize=8)
     axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv):
@@ -90,12 +85,10 @@ def main(argv):
     data = Dataset(config.data_dir, config.dataset)
     if data.tokens['val'] < config.length + 1:
         raise UserError(f"length={config.length}: {data.folder}/val.bin has only {data.tokens['val']:,} tokens")
-    reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
-    with_memory = bool(reader.model.config.memory_blocks())
-    runs = {'memory on': (reader, True)} if config.update_memory and with_memory else {}
-    runs['memory off' if with_memory else 'no memory'] = (reader, False)
+    reader = config.open()
+    runs = {title: (reader, writes) for title, writes in modes(reader, config.update_memory).items()}
     if config.baseline:
-        other = Reader(os.path.join(config.baseline, config.checkpoint + '.pt'), config.device, config.dtype)
+        other = config.open(config.baseline)
         runs[os.path.basename(config.baseline.rstrip('/'))] = (other, True)
     for r, _ in runs.values():
         if r.content['tokenizer'] != data.tokenizer:

@@ -13,50 +13,41 @@ more text than attention reaches. learning.json and learning.png in out_dir.
 """
 import os
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-from checkpoint import save_json
-from configurator import UserError
-from dataset import read_text
-from eval_needle import numbers
-from needle import Haystack, held_out, reference
-from plot import brief, names, pyplot, save
-from sample import Reader, read_prompt
-from seeds import generator
-from talk import WORDS
+from nanotitans import configurator
+from nanotitans.configurator import Count, Natural, UserError, check_ranges, whole_numbers
+from nanotitans.figures import pyplot, run_names, save_figure, short_count
+from nanotitans.files import read_text, save_json
+from nanotitans.reader import ReaderConfig, modes
+from nanotitans.seeds import generator
+from sample import read_prompt
+from tasks.needle import Haystack, held_out, reference
+from tasks.talk import WORDS
 
 
 @dataclass
-class LearningConfig:
+class LearningConfig(ReaderConfig):
     out_dir: str = 'out/talk_cpu'
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
-    baseline: str = ''          # a second run's out_dir, which has the phrase in its attention window
-    phrase: str = ''            # the text, or FILE:path; '' = `phrases` of `words` words drawn at random
-    words: int = 64
-    phrases: int = 5
-    begin: int = 2              # words of it that are given
-    times: int = 20             # showings
-    between: int = 128          # tokens of other text after each; more than attention reaches
+    baseline: str = ''              # a second run's out_dir, which has the phrase in its attention window
+    phrase: str = ''                # the text, or FILE:path; '' = `phrases` of `words` words drawn at random
+    words: Count = 64               # in a phrase drawn at random
+    phrases: Count = 5              # how many such phrases
+    begin: Count = 2                # words of it that are given
+    times: Count = 20               # showings
+    between: Count = 128            # tokens of other text after each; more than attention reaches
     hold: str = '1024,2048,5120,10240'  # tokens of other text in the end
-    other: str = ''             # a file with other text; '' = the part of the Python language reference that is held out
-    seed: int = 1337            # of phrases and other text
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    other: str = ''                 # a file with other text; '' = the part of the Python language reference that is held out
+    seed: Natural = 1337            # of phrases and other text
 
     def __post_init__(self):
-        for name in ('words', 'phrases', 'begin', 'times', 'between'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        check_ranges(self)
         if self.words <= self.begin:
             raise ValueError(f"words={self.words}: a phrase must be longer than its beginning, begin={self.begin}")
-        numbers(self, 'hold', 1)
+        whole_numbers(self, 'hold', 1)
 
 
 class Phrase:
@@ -114,7 +105,7 @@ def lesson(reader, phrase, other, config, update_memory, bar):
         state = read([next(text) for _ in range(config.between)], shown)
         found['times'].append(results(state, moved=moved))
     done = 0
-    for tokens in numbers(config, 'hold', 1):
+    for tokens in whole_numbers(config, 'hold', 1):
         state = read([next(text) for _ in range(tokens - done)], state)
         found['hold'].append(results(state, tokens=tokens))
         done = tokens
@@ -132,14 +123,14 @@ def window(reader, text, begin):
 def reach(config):
     """How many tokens back attention can know of, through all blocks: windows slide on from block to block."""
     slides = config.arch in ('mag', 'mal') and config.backbone == 'titans'
-    return 0 if config.arch == 'lmm' else config.stretch() * (config.n_layer if slides else 1)
+    return 0 if config.arch == 'lmm' else config.attention_span() * (config.n_layer if slides else 1)
 
 
 def draw(results, config, path):
     """Recall and log-probability over showings, how far each moved M, and recall over what was read afterwards."""
     plt = pyplot()
     figure, ((recall, sure), (moved, hold)) = plt.subplots(2, 2, figsize=(10, 6.4), layout='constrained')
-    held = [0, *numbers(config, 'hold', 1)]
+    held = [0, *whole_numbers(config, 'hold', 1)]
 
     def line(ax, x, rows, **style):
         rows = np.array(rows)  # (phrases, points)
@@ -165,14 +156,14 @@ def draw(results, config, path):
         ax.grid(alpha=0.3)
     recall.set_ylim(-4, 104)
     hold.set_ylim(-4, 104)
-    hold.set_xticks(held, ['0', *(brief(t) for t in held[1:])], fontsize=8)
+    hold.set_xticks(held, ['0', *(short_count(t) for t in held[1:])], fontsize=8)
     moved.legend(*recall.get_legend_handles_labels(), fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv):
     config = configurator.load(LearningConfig, argv, __doc__)
-    reader, *others = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    reader, *others = [config.open(out_dir)
                        for out_dir in (config.out_dir, config.baseline) if out_dir]
     models = [r.about() for r in (reader, *others)]
     if not reader.model.config.memory_blocks():
@@ -189,16 +180,16 @@ def main(argv):
     other = read_text(config.other) if config.other else held_out(reference())[1]
     other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
     pyplot()  # before the work, if it is missing
-    steps = 2 * sum((config.times + 1) * config.between + config.times * len(p.shown) + numbers(config, 'hold', 1)[-1]
+    steps = 2 * sum((config.times + 1) * config.between + config.times * len(p.shown) + whole_numbers(config, 'hold', 1)[-1]
                     for p in phrases)
     results = {'memory': [], 'never written': [], 'in the window': {}}
     with tqdm(total=steps, unit='tok', unit_scale=True) as bar:
         for i, phrase in enumerate(phrases):
-            for name, update_memory in ('memory', True), ('never written', False):
+            for name, update_memory in modes(reader).items():
                 at = other.place(generator('text between phrases', config.seed, i).random())
                 stream = (int(x) for start in range(at, 1 << 62, 1024) for x in other.cut(start, start + 1024))
                 results[name].append(lesson(reader, phrase, stream, config, update_memory, bar))
-    for r, name in zip((reader, *others), names([os.path.dirname(r.path) for r in (reader, *others)]), strict=True):
+    for r, name in zip((reader, *others), run_names([os.path.dirname(r.path) for r in (reader, *others)]), strict=True):
         found = [window(r, text, p.begin) for text, p in zip(texts, phrases, strict=True)]
         if None not in found:
             results['in the window'][name] = found
@@ -219,7 +210,7 @@ def report(results, config):
           + ''.join(f"{'memory':>{width}}{'never written':>16}" for width in (16, 12, 8)))
     some = sorted({0, 1, 2, 3, 5, 10, 15, config.times} & set(range(config.times + 1)))
     rows = [(f"shown {n} times", 'times', n) for n in some]
-    rows += [(f"and {tokens:,} tokens later", 'hold', i) for i, tokens in enumerate(numbers(config, 'hold', 1))]
+    rows += [(f"and {tokens:,} tokens later", 'hold', i) for i, tokens in enumerate(whole_numbers(config, 'hold', 1))]
     for label, part, i in rows:
         a, b = ([mean(name, part, i, key) for key in ('recalled', 'log_prob', 'rank')] for name in ('memory', 'never written'))
         print(f"{label:<24}{a[0]:>16.1%}{b[0]:>16.1%}{a[1]:>12.3f}{b[1]:>16.3f}{a[2]:>8.1f}{b[2]:>16.1f}")

@@ -21,18 +21,17 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-from checkpoint import save_json
-from configurator import UserError
-from needle import NEEDLE, NOISE, TASKS, Haystack, question
-from plot import brief, pyplot, save
-from sample import Reader
+from nanotitans import configurator
+from nanotitans.configurator import Count, UserError, check_ranges, whole_numbers
+from nanotitans.figures import pyplot, save_figure, short_count
+from nanotitans.files import save_json
+from nanotitans.reader import ReaderConfig, modes
+from tasks.needle import NEEDLE, NOISE, TASKS, Haystack, question
 
 BLOCK = 1024  # tokens of each sample read at once
 SLACK = 4     # tokens the model may say beside the answer
@@ -40,50 +39,33 @@ SCORING = 1   # one more whenever an answer is asked for or judged in another wa
 
 
 @dataclass
-class NeedleConfig:
+class NeedleConfig(ReaderConfig):
     out_dir: str = 'out/needle_cpu'
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
     baseline: str = ''              # a second run's out_dir, in the same figure
-    data_dir: str = 'data'
+    data_dir: str = 'data'          # where data sets are
     dataset: str = 'needle'         # where the evaluation set is
     tasks: str = 'pass-key,number,multi-key'  # or 'all'
-    lengths: str = '256,1024,4096,16384'
+    lengths: str = '256,1024,4096,16384'  # tokens of a haystack
     depths: str = '0,25,50,75,100'  # per cent of the haystack in front of the needle
-    samples: int = 100              # a cell
-    cell_tokens: int = 500_000      # but not more tokens a cell than this: long contexts get fewer samples, at least 1
-    batch_size: int = 100           # samples read side by side
+    samples: Count = 100            # a cell
+    cell_tokens: Count = 500_000    # but not more tokens a cell than this: long contexts get fewer samples, at least 1
+    batch_size: Count = 100         # samples read side by side
     update_memory: bool = True      # False: only the control, whose memory is never written
     control: bool = True            # False: without it
     flat: int = 0                   # instead of all this: stream one haystack so long, and 4K ones, and compare their cost
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 
     def __post_init__(self):
         self.tasks = ','.join(TASKS) if self.tasks == 'all' else self.tasks
         for task in self.tasks.split(','):
             if task not in TASKS:
                 raise ValueError(f"tasks='{self.tasks}': '{task}' is not one of {', '.join(TASKS)} (or 'all')")
-        numbers(self, 'lengths', 1)
-        numbers(self, 'depths', 0, 100)
-        for name in ('samples', 'cell_tokens', 'batch_size'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        whole_numbers(self, 'lengths', 1)
+        whole_numbers(self, 'depths', 0, 100)
+        check_ranges(self)
         if self.flat:
             self.tasks = 'pass-key'
             if self.flat < 8192:
                 raise ValueError(f"flat={self.flat} must be at least 8192 tokens, to be compared with 4096")
-
-
-def numbers(config, name, least, most=2 ** 40):
-    """The option's comma-separated whole numbers, in order."""
-    text = getattr(config, name)
-    try:
-        found = sorted({int(part) for part in text.split(',')})
-    except ValueError:
-        raise ValueError(f"{name}='{text}' must be whole numbers with commas between, such as 256,1024") from None
-    if not least <= found[0] <= found[-1] <= most:
-        raise ValueError(f"{name}='{text}' must be at least {least} and at most {most}")
-    return found
 
 
 class Evaluation:
@@ -107,8 +89,8 @@ class Evaluation:
 class Asker:
     """A checkpoint, and the needles in its tokens."""
 
-    def __init__(self, path, config, evaluation):
-        self.reader = Reader(path, config.device, config.dtype)
+    def __init__(self, reader, config, evaluation):
+        self.reader = reader
         encode = self.reader.tokenizer.encode
         try:
             self.haystacks = {'noise': Haystack(NOISE, self.reader.tokenizer),
@@ -116,7 +98,7 @@ class Asker:
             self.samples = {task: [self.tokens(TASKS[task], s, encode) for s in evaluation.samples[task]]
                             for task in config.tasks.split(',')}
         except UserError as error:
-            raise UserError(f"{path} cannot be asked for needles, {error}") from None
+            raise UserError(f"{reader.path} cannot be asked for needles, {error}") from None
 
     @staticmethod
     def tokens(task, sample, encode):
@@ -131,9 +113,9 @@ class Asker:
 
     def least(self, task):
         """Tokens of the shortest context of a task: needles, question and answer without haystack, in its longest sample."""
-        return max(sum(map(len, s['needles'])) + len(s['ask']) for s in self.samples[task]) + self.room(task)
+        return max(sum(map(len, s['needles'])) + len(s['ask']) for s in self.samples[task]) + self.answer_len(task)
 
-    def room(self, task):
+    def answer_len(self, task):
         """Tokens kept for the answer, the same in every sample so that their contexts are equally long."""
         return max(s['answer'] for s in self.samples[task])
 
@@ -141,7 +123,7 @@ class Asker:
         """Yield the tokens of a context up to where the answer begins, in blocks of BLOCK; the last is never empty."""
         haystack = self.haystacks[TASKS[task].haystack]
         inserts = [(depth if d is None else d, ids) for d, ids in zip(sample['depths'], sample['needles'], strict=True)]
-        rest = length - sum(map(len, sample['needles'])) - len(sample['ask']) - self.room(task)
+        rest = length - sum(map(len, sample['needles'])) - len(sample['ask']) - self.answer_len(task)
         parts = (ids for ids, _ in haystack.fill(haystack.place(sample['place']), rest, inserts))
         kept = np.empty(0, np.int64)
         for part in itertools.chain(parts, [np.asarray(sample['ask'], np.int64)]):
@@ -164,7 +146,7 @@ class Asker:
         tick(block.numel())
         with reader.autocast:
             said, fine, token = [], torch.ones(len(samples), dtype=torch.bool, device=reader.device), block[:, -1:]
-            for _ in range(self.room(task) + SLACK):
+            for _ in range(self.answer_len(task) + SLACK):
                 logits, _, state = reader.model(token, state=state, update_memory=update_memory)
                 fine &= logits.isfinite().all(-1).squeeze(1)
                 token = logits[:, -1].argmax(-1, keepdim=True)
@@ -239,13 +221,13 @@ def draw(cells, tasks, models, path):
                 if not math.isnan(value):
                     axis.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8,
                               color='black' if value > 55 else 'white')
-            axis.set_xticks(range(len(lengths)), [brief(n) for n in lengths], fontsize=8)
+            axis.set_xticks(range(len(lengths)), [short_count(n) for n in lengths], fontsize=8)
             axis.set_yticks(range(len(depths)), [f'{d}%' for d in depths], fontsize=8)
             axis.set_title(f'{task}: {title}', fontsize=9)
     figure.supxlabel('context, tokens', fontsize=9)
     figure.supylabel('depth of the needle', fontsize=9)
     figure.colorbar(image, ax=axes, label='exact answers, %', fraction=0.05)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def flat(asker, config, tick):
@@ -280,22 +262,21 @@ def peak_memory(device):
 
 def main(argv):
     config = configurator.load(NeedleConfig, argv, __doc__)
-    tasks, lengths, depths = config.tasks.split(','), numbers(config, 'lengths', 1), numbers(config, 'depths', 0, 100)
+    tasks = config.tasks.split(',')
+    lengths, depths = whole_numbers(config, 'lengths', 1), whole_numbers(config, 'depths', 0, 100)
     evaluation = Evaluation(os.path.join(config.data_dir, config.dataset))
     if config.samples > (there := min(map(len, evaluation.samples.values()))):
         raise UserError(f"samples={config.samples}: the evaluation set has {there} of each task")
-    asker = Asker(os.path.join(config.out_dir, config.checkpoint + '.pt'), config, evaluation)
+    asker = Asker(config.open(), config, evaluation)
     if config.flat:
         with tqdm(total=config.flat + 20 * 4096, unit='tok', unit_scale=True) as bar:
             line = flat(asker, config, bar.update)
         print(line)
         return 0
-    runs = {'on': (asker, True)} if config.update_memory and asker.reader.model.config.memory_blocks() else {}
-    if config.control or not runs:
-        runs['off'] = (asker, False)
-    titles = {'on': 'memory on', 'off': 'memory off' if asker.reader.model.config.memory_blocks() else 'no memory'}
+    runs = {title: (asker, writes) for title, writes in modes(asker.reader, config.update_memory, config.control).items()}
+    titles = {title: title for title in runs}
     if config.baseline:
-        other = Asker(os.path.join(config.baseline, config.checkpoint + '.pt'), config, evaluation)
+        other = Asker(config.open(config.baseline), config, evaluation)
         runs['baseline'], titles['baseline'] = (other, True), os.path.basename(config.baseline.rstrip('/'))
     for a, _ in runs.values():
         for task in tasks:
@@ -309,25 +290,36 @@ def main(argv):
              'samples': max(1, min(config.samples, config.cell_tokens // length)), 'dtype': abouts[name]['dtype'],
              'device': abouts[name]['device'], 'block': BLOCK, 'slack': SLACK, 'scoring': SCORING}
             for length, task, depth, name in itertools.product(lengths, tasks, depths, runs)]
+    if not fill(results, grid, runs, titles, config):
+        print(f"\nstopped; {results.path} keeps {len(results.cells)} finished cells, the same command goes on", file=sys.stderr)
+        return 130
+    cells = [results.find(cell) for cell in grid]
+    print_table(cells, tasks, lengths, titles)
+    picture = os.path.join(config.out_dir, 'needle.png')
+    draw(cells, tasks, titles, picture)
+    print(f"wrote {results.path} and {picture}")
+    return 0
+
+
+def fill(results, grid, runs, titles, config):
+    """Evaluate the cells of the grid that the results do not have yet. -> False if Ctrl-C stopped it"""
     todo = [cell for cell in grid if not results.find(cell)]
     try:
         with tqdm(total=sum(c['samples'] * c['length'] for c in todo), unit='tok', unit_scale=True, disable=not todo) as bar:
             for cell in todo:
                 task, name, length, depth, n, *_ = cell.values()
-                bar.set_description(f"{task} {brief(length)} {depth}% {titles[name]}")
+                bar.set_description(f"{task} {short_count(length)} {depth}% {titles[name]}")
                 results.add(cell | score(runs[name][0], task, length, depth, n, runs[name][1], config.batch_size, bar.update))
     except KeyboardInterrupt:
-        print(f"\nstopped; {results.path} keeps {len(results.cells)} finished cells, the same command goes on", file=sys.stderr)
-        return 130
-    cells = [results.find(cell) for cell in grid]
-    for task, name in itertools.product(tasks, runs):
+        return False
+    return True
+
+
+def print_table(cells, tasks, lengths, titles):
+    for task, name in itertools.product(tasks, titles):
         means = [(n, statistics.mean(c['accuracy'] for c in cells if (c['task'], c['model'], c['length']) == (task, name, n)))
                  for n in lengths]
-        print(f"{task:<12} {titles[name]:<16} " + '   '.join(f"{brief(n)} {100 * mean:5.1f}%" for n, mean in means))
-    picture = os.path.join(config.out_dir, 'needle.png')
-    draw(cells, tasks, {name: titles[name] for name in runs}, picture)
-    print(f"wrote {results.path} and {picture}")
-    return 0
+        print(f"{task:<12} {titles[name]:<16} " + '   '.join(f"{short_count(n)} {100 * mean:5.1f}%" for n, mean in means))
 
 
 if __name__ == '__main__':

@@ -10,36 +10,29 @@ values the row has, and which were answers already, but not which is whose: the 
 """
 import os
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
-import configurator
-from checkpoint import save_json
-from configurator import UserError
-from plot import pyplot, save
-from recall import ASKED, recall_row
-from sample import Reader
-from seeds import generator
+from nanotitans import configurator
+from nanotitans.configurator import Count, Natural, UserError, check_ranges
+from nanotitans.figures import pyplot, save_figure
+from nanotitans.files import save_json
+from nanotitans.reader import ReaderConfig, modes
+from nanotitans.seeds import generator
+from tasks.recall import ASKED, recall_row
 
 NEVER = ', never written'
 
 
 @dataclass
-class RecallConfig:
-    out_dir: str = 'out/recall_cpu'   # a run, or several with commas between
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
-    rows: int = 100                   # for each number of pairs
-    seed: int = 7                     # of the rows, which no training row can be
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+class RecallConfig(ReaderConfig):
+    out_dir: str = 'out/recall_cpu'  # a run, or several with commas between
+    rows: Count = 100               # for each number of pairs
+    seed: Natural = 7               # of the rows, which no training row can be
 
     def __post_init__(self):
-        if self.rows < 1:
-            raise ValueError(f"rows={self.rows} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        check_ranges(self)
 
 
 @torch.no_grad()
@@ -71,22 +64,22 @@ def draw(results, path):
     axes.set(xlabel='pairs', ylabel='recalled three segments later, %', ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv):
     config = configurator.load(RecallConfig, argv, __doc__)
     results = {}
     print('recalled, %'.ljust(40) + ''.join(f'{n:>4} pairs' for n in ASKED))
-    readers = [Reader(os.path.join(out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    readers = [config.open(out_dir)
                for out_dir in config.out_dir.split(',')]
     for reader in readers:
         if reader.content['provenance'].get('dataset') != 'recall':
             raise UserError(f"{reader.path} was not trained on rows of recall; python prepare.py recall, and train on that")
     models = [reader.about() for reader in readers]
     for reader in readers:
-        for update_memory in (True, False) if reader.model.config.memory_blocks() else (True,):
-            name = os.path.dirname(reader.path) + ('' if update_memory else NEVER)
+        for title, update_memory in modes(reader).items():
+            name = os.path.dirname(reader.path) + (NEVER if title == 'never written' else '')
             results[name] = {n: recalled(reader, n, config, update_memory) for n in ASKED}
             print(name.ljust(40) + ''.join(f'{100 * part:10.1f}' for part in results[name].values()), flush=True)
     print('chance'.ljust(40) + ''.join(f'{100 * chance(n):10.1f}' for n in ASKED))

@@ -9,45 +9,36 @@ answer, greedy, to the letter. Beside it the same with the memory never written.
 """
 import os
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-from checkpoint import save_json
-from configurator import UserError
-from dataset import read_text
-from eval_needle import numbers
-from needle import Haystack, held_out, reference
-from plot import brief, pyplot, save
-from sample import Reader, until
-from seeds import generator
-from talk import FAMILIES, SEEN, TOLD, UNKNOWN, draw_value
+from nanotitans import configurator
+from nanotitans.configurator import Count, Natural, UserError, check_ranges, whole_numbers
+from nanotitans.figures import pyplot, save_figure, short_count
+from nanotitans.files import read_text, save_json
+from nanotitans.reader import ReaderConfig, modes, until_stop
+from nanotitans.seeds import generator
+from tasks.needle import Haystack, held_out, reference
+from tasks.talk import FAMILIES, SEEN, TOLD, UNKNOWN, draw_value
 
 MOST = 40  # tokens of an answer
 
 
 @dataclass
-class TalkConfig:
+class TalkConfig(ReaderConfig):
     out_dir: str = 'out/talk_cpu'
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
     facts: str = '1,3,6'            # told one after the other
     gaps: str = '256,2048,16384'    # tokens of other text between telling and asking
-    samples: int = 20               # conversations for each number of facts
+    samples: Count = 20             # conversations for each number of facts
     other: str = ''                 # a file with other text; '' = the part of the Python language reference that is held out
-    seed: int = 1337
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    seed: Natural = 1337            # of names, questions and other text
 
     def __post_init__(self):
-        numbers(self, 'facts', 1, 32)
-        numbers(self, 'gaps', 0)
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        whole_numbers(self, 'facts', 1, 32)
+        whole_numbers(self, 'gaps', 0)
+        check_ranges(self)
 
 
 def read(reader, text, state, update_memory):
@@ -61,7 +52,7 @@ def answer(reader, question, state, update_memory):
     with reader.autocast:
         made = reader.model.stream(reader.encode(question + '\n'), MOST, temperature=0, state=state,
                                    update_memory=update_memory)
-        return ''.join(until(reader.tokenizer.decode_stream(token.item() for token, _ in made), ['\n']))
+        return ''.join(until_stop(reader.tokenizer.decode_stream(token.item() for token, _ in made), ['\n']))
 
 
 def conversation(reader, other, facts, gaps, rng, update_memory):
@@ -92,27 +83,26 @@ def draw(results, gaps, path):
                         color=color, label=f"{name} told" + ('' if on else ', never written'))
     for ax, title in zip(axes, ('what was told, answered right, %', 'what was not told, known as such, %'), strict=True):
         ax.set(title=title, xlabel='tokens of other text in between', ylim=(-4, 104))
-        ax.set_xticks(range(len(gaps)), ['0' if g == 0 else brief(g) for g in gaps])
+        ax.set_xticks(range(len(gaps)), ['0' if g == 0 else short_count(g) for g in gaps])
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv):
     config = configurator.load(TalkConfig, argv, __doc__)
-    reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    reader = config.open()
     if reader.content['provenance'].get('dataset') != 'talk':
         raise UserError(f"{reader.path} was not trained to talk; python prepare.py talk, and train on that")
     models = [reader.about()]
     other = read_text(config.other) if config.other else held_out(reference())[1]
     other = Haystack(other, reader.tokenizer, config.other or 'the language reference', least=1000)
     pyplot()  # before the work, if it is missing
-    counts, gaps, results = numbers(config, 'facts', 1), numbers(config, 'gaps', 0), {}
-    modes = {'memory': True, 'never written': False} if reader.model.config.memory_blocks() else {'memory': True}
-    with tqdm(total=len(counts) * len(modes) * config.samples, unit='conversation') as bar:
+    counts, gaps, results = whole_numbers(config, 'facts', 1), whole_numbers(config, 'gaps', 0), {}
+    with tqdm(total=len(counts) * len(modes(reader)) * config.samples, unit='conversation') as bar:
         for n in counts:
             results[str(n)] = {}
-            for name, update_memory in modes.items():
+            for name, update_memory in modes(reader).items():
                 found = []
                 for i in range(config.samples):
                     rng = generator('talk evaluation', config.seed, n, i)
@@ -122,7 +112,7 @@ def main(argv):
                 results[str(n)][name] = [{'gap': g, 'right': r, 'unknown': u} for g, (r, u) in zip(gaps, shares, strict=True)]
     path = os.path.join(config.out_dir, 'talk.json')
     save_json(path, {'config': asdict(config), 'models': models, 'facts': results}, indent=1)
-    print(f"{'':<32}" + ''.join(f"{brief(g) if g else '0':>20}" for g in gaps))
+    print(f"{'':<32}" + ''.join(f"{short_count(g) if g else '0':>20}" for g in gaps))
     for n, rows in results.items():
         for name, row in rows.items():
             print(f"{n + ' told, ' + name:<32}" + ''.join(f"{r['right']:>10.0%}{r['unknown']:>10.0%}" for r in row))

@@ -9,20 +9,12 @@ stretch before: it is read as GPT-2 reads a text of its own, and only the memory
 Retrieved and persistent tokens stay out of the softmax over the text. They have one of their own, and join through a gate
 (LLaMA-Adapter, arXiv 2303.16199). transformers is needed only to fetch and read the weights.
 """
-import dataclasses
-import difflib
-import logging
-import os
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import UserError
-from model import Attention, GPTBlock, KVCache, MACBlock, MAGBlock, MALBlock, TitansGPT, cut, pieces, visible
-
-NAMES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'
-SHAPE = 'backbone', 'n_layer', 'n_head', 'n_embd', 'vocab_size', 'bias', 'tie_weights'  # options that the weights decide
+from model import Attention, GPTBlock, KVCache, MACBlock, MAGBlock, MALBlock, TitansGPT, cut, split_lengths, visible
+from nanotitans.configurator import UserError
 
 
 class GPT2Attention(Attention):
@@ -60,7 +52,7 @@ class Graft:
         """Attention over the stretch so far; beside it, gated, over the persistent tokens. As in Block."""
         here, cache, out = pos % self.window, state.kv, []
         beside = None if self.persist is None else self.attn.kv(self.persist, self.attn.kv_weights())
-        sizes = pieces(here, x.size(1), self.window)
+        sizes = split_lengths(here, x.size(1), self.window)
         for q, k, v in zip(*(cut(part, sizes) for part in self.attn.qkv(x)), strict=True):
             n, past = q.size(1), cache.k.size(1)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
@@ -90,7 +82,7 @@ class GPT2MALBlock(Graft, MALBlock):
 
 
 class GPT2MACBlock(Graft, MACBlock):
-    def look(self, q, kv, mask, length):
+    def attend_segment(self, q, kv, mask, length):
         """As in MACBlock, with a softmax for the text and one, gated, for what stands beside it."""
         beside = kv.k.size(1) - length
         mask = torch.ones(q.size(1), kv.k.size(1), dtype=torch.bool, device=q.device) if mask is None else mask
@@ -108,7 +100,7 @@ class TitansGPT2(TitansGPT):
 
     def __init__(self, config):
         super().__init__(config)
-        self.wpe = nn.Embedding(config.stretch(), config.n_embd)
+        self.wpe = nn.Embedding(config.attention_span(), config.n_embd)
         nn.init.normal_(self.wpe.weight, std=0.02)
         for block in self.blocks:  # behind a closed gate nothing drowns the stream: it opens on something of size 1
             if block.memory is not None:
@@ -129,73 +121,6 @@ class TitansGPT2(TitansGPT):
 MODELS = {'titans': TitansGPT, 'gpt2': TitansGPT2}  # by TitansConfig.backbone
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# its weights
-
-
-def fetch(source):
-    """transformers' GPT-2 `source`, one of NAMES or a local folder, on the CPU in float32. UserError if it cannot be had."""
-    if source not in NAMES and not os.path.isdir(source):
-        near = difflib.get_close_matches(source, ['scratch', 'resume', 'auto', *NAMES], 1)
-        raise UserError(f"init_from='{source}' is not scratch, resume, auto, one of {', '.join(NAMES)}, nor a folder"
-                        f"{f'; did you mean {near[0]!r}?' if near else ''}")
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(f"init_from='{source}' needs transformers: pip install 'nanotitans[transformers]'") from None
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # which tells of each of its five tries
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    remedy = ("connect once, or give a folder that has them" if source in NAMES else
-              "give a folder that transformers' GPT2LMHeadModel.save_pretrained wrote: config.json and model.safetensors")
-    if source in NAMES:
-        print(f"{source}: from the cache of transformers, or the hub", flush=True)
-    try:
-        kind = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
-        if kind != 'gpt2':
-            raise ValueError(f"its config.json is of a {kind}")
-        found, info = transformers.GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32,
-                                                                   output_loading_info=True)
-        lacking = [*info['missing_keys'], *info['mismatched_keys']]
-        if lacking:
-            raise ValueError(f"the file has no {lacking[0]} that fits")
-    except Exception as error:  # transformers passes on whatever its libraries raise
-        said = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:160]}"
-        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({said}); {remedy}") from None
-    known = {'activation_function': ('gelu_new', 'gelu_pytorch_tanh'), 'layer_norm_epsilon': (1e-5,),
-             'n_inner': (None, 4 * found.config.n_embd), 'scale_attn_weights': (True,),
-             'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
-    for name, values in known.items():
-        if getattr(found.config, name) not in values:
-            raise UserError(f"init_from='{source}': its {name} is {getattr(found.config, name)}, GPT-2's is {values[0]}")
-    return found
-
-
-def name_there(name):
-    """What transformers calls one of our parameters."""
-    names = {'norm_f': 'ln_f', 'norm_1': 'ln_1', 'norm_2': 'ln_2', 'blocks': 'h'}
-    there = '.'.join(names.get(part, part) for part in name.split('.'))
-    return there if name.startswith('lm_head') else f'transformer.{there}'
-
-
-def is_turned(name, x):
-    """Whether transformers keeps it (in, out)."""
-    return '.c_' in name and x.dim() == 2
-
-
-def shape(found):
-    """The options that weights of transformers decide."""
-    c = found.config
-    return dict(zip(SHAPE, ('gpt2', c.n_layer, c.n_head, c.n_embd, c.vocab_size, True, c.tie_word_embeddings), strict=True))
-
-
-def shape_there(model_config):
-    """Those of a checkpoint's model_config, if its backbone is GPT-2's."""
-    found = {name: model_config.get(name) for name in SHAPE}
-    kinds = (str, int, int, int, int, bool, bool)
-    return found if found['backbone'] == 'gpt2' and tuple(map(type, found.values())) == kinds else {}
-
-
 def freeze(model):
     """Leave only what was added to GPT-2 to be trained. UserError if that is nothing."""
     backbone = model.backbone() if isinstance(model, TitansGPT2) else {}
@@ -205,29 +130,3 @@ def freeze(model):
         raise UserError(f"freeze_backbone=True: {why}")
     for p in backbone.values():
         p.requires_grad_(False)
-
-
-def with_shape(config, options):
-    """A TrainConfig with some options as the weights have them. UserError if the others do not go with them."""
-    try:
-        new = dataclasses.replace(config, **options) if options else config
-        new.model_config()  # widths and heads can be held against each other now
-    except ValueError as error:
-        of = " ({n_layer} layers, {n_head} heads and n_embd={n_embd} are GPT-2's)".format(**options) if options else ''
-        raise UserError(f"{error}{of}") from None
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    new.ignored = config.ignored + [k for k, v in options.items() if getattr(config, k) not in (v, defaults[k])]
-    return new
-
-
-@torch.no_grad()
-def put_into(model, found, source):
-    """Copy the weights of transformers' GPT-2 to where they belong. UserError if there are too few positions."""
-    most = found.config.n_positions
-    if model.wpe.num_embeddings > most:
-        raise UserError(f"init_from='{source}' knows {most} positions, too few for stretches of {model.wpe.num_embeddings} "
-                        f"tokens; lower {model.config.stretch_name()} to at most {most}")
-    theirs = found.state_dict()
-    for name, p in model.backbone().items():
-        x = theirs[name_there(name)]
-        p.copy_((x.mT if is_turned(name, x) else x)[:p.size(0)])

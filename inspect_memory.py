@@ -16,21 +16,18 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import configurator
-import inspect_page
-from checkpoint import beside, save_json
-from configurator import UserError
-from dataset import read_text
-from plot import pyplot, save
-from recorder import TOKEN, WRITE, record
-from sample import Reader
+from nanotitans import configurator, page
+from nanotitans.configurator import UserError
+from nanotitans.figures import pyplot, save_figure
+from nanotitans.files import atomic_write, read_text, save_json
+from nanotitans.reader import ReaderConfig
+from nanotitans.recorder import TOKEN, WRITE, record
 
 MOST_WINDOWS = 400  # points of a curve
 WINDOW = 64  # tokens a point is of, where there are no segments
@@ -38,15 +35,12 @@ MOST_COLUMNS = 1500  # of memory_text.png
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(ReaderConfig):
     out_dir: str = 'out/stdlib_cpu'
-    checkpoint: Literal['ckpt', 'best'] = 'ckpt'
-    text: str = ''              # a file of text, or - for standard input
-    max_tokens: int = 8192      # what comes after them is left out
-    html: str = ''              # the page; '' = memory.html in out_dir
-    png: bool = True            # False: no pictures, which need matplotlib
-    device: str = 'auto'
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    text: str = ''                  # a file of text, or - for standard input
+    max_tokens: int = 8192          # what comes after them is left out
+    html: str = ''                  # the page; '' = memory.html in out_dir
+    png: bool = True                # False: no pictures, which need matplotlib
 
     def __post_init__(self):
         if self.html and (not self.html.endswith('.html') or os.path.isdir(self.html)):
@@ -151,7 +145,7 @@ def draw_text(content, segment_len, path):
     marked = segment_len and T // segment_len <= 200
     axes[-1].set_xticks(range(0, T + 1, segment_len) if marked else (), minor=True)
     axes[-1].set_xlabel(f'token, a tick for every segment of {segment_len}' if marked else 'token')
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_norms(ends, curves, blocks, path):
@@ -166,7 +160,7 @@ def draw_norms(ends, curves, blocks, path):
         ax.grid(alpha=0.3)
     axes[0].legend(title='block', fontsize='x-small', ncols=2)
     axes[-1].axhline(0, color='0.6', linewidth=0.8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def totals(reader, content, whole):
@@ -188,7 +182,7 @@ def totals(reader, content, whole):
 
 def main(argv):
     config = configurator.load(InspectConfig, argv, __doc__)
-    reader = Reader(os.path.join(config.out_dir, config.checkpoint + '.pt'), config.device, config.dtype)
+    reader = config.open()
     options = reader.model.config
     if not options.memory_blocks():
         raise UserError(f"{reader.path}: a model without memory (arch='{options.arch}', memory_layers="
@@ -208,8 +202,8 @@ def main(argv):
     ends, curves = windows(content, segment_len or WINDOW)
     sums = totals(reader, content, whole)
     name = 'standard input' if config.text == '-' else os.path.basename(os.fsencode(config.text)).decode(errors='replace')
-    with beside(html) as partial, open(partial, 'w', encoding='utf-8', newline='') as f:
-        f.write(inspect_page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len))
+    with atomic_write(html) as partial, open(partial, 'w', encoding='utf-8', newline='') as f:
+        f.write(page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len))
     files = ('memory_tokens.json', *('memory_text.png', 'memory_norms.png') * config.png)
     written = [html, *(os.path.join(config.out_dir, file) for file in files)]
     save_json(written[1], {'text': name, 'segment_len': segment_len, **content})

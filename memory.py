@@ -26,9 +26,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import kernels
-import native
-from kernels import wide
+from nanotitans import kernels
+from nanotitans.kernels import native, wide
 
 # ----------------------------------------------------------------------------------------------------------------------
 # state: what a memory carries from one call to the next. Nothing is ever written in place
@@ -62,8 +61,8 @@ def where(rows, new, old):
 
 class CompiledMethods(nn.Module):
     """
-    A module of which single methods can be compiled. A compiled method stays bound to the module that it was compiled for, so
-    copies and pickles leave it out: they run their own, not compiled.
+    A module whose methods can be compiled one by one. A compiled method is bound to the module that it was compiled for, so
+    copies and pickles leave it out and run their own method, not compiled.
     """
 
     def compile_methods(self, *names):
@@ -129,13 +128,13 @@ class NeuralMemory(CompiledMethods):
 
     def init_state(self, batch_size):
         """A fresh memory: M_0, no surprise."""
-        weights = wide(self.initial).expand(batch_size, *self.initial.shape).clone()  # FSDP frees what parameters lie in
+        weights = wide(self.initial).expand(batch_size, *self.initial.shape).clone()  # clone: FSDP frees the parameter
         tail = weights.new_zeros(batch_size, 0 if self.conv is None else self.conv.size(2) - 1, 3 * self.n_head, self.head_dim)
         surprise = torch.zeros_like(weights if self.start[1] else weights[:, :, :0])
         return MemoryState(weights, surprise, tail, weights.new_zeros(batch_size, 3, self.n_head))
 
     def restart(self, state, rows):
-        """The rows (B,) that are True begin afresh; what was ever written goes on being counted."""
+        """The rows (B,) that are True begin with a fresh memory. The count of what was written goes on."""
         return where(rows, self.init_state(rows.size(0)), state)._replace(written=state.written)
 
     # -- what depends on the input alone
@@ -151,13 +150,13 @@ class NeuralMemory(CompiledMethods):
 
     def mix(self, x, tail, units):
         """
-        Heads x (B, T, n, D) through the convolution and SiLU, the first `units` of them at unit length, but for what is next to
-        nothing: at first the first key of a text is exactly 0. -> (B, T, n, D)
+        Heads x (B, T, n, D) through the convolution and SiLU. The first `units` heads get unit length; vectors shorter than
+        LEAST are divided by LEAST, so the first key of a text, which is 0 at first, stays 0. -> (B, T, n, D)
         """
         return kernels.short_conv(x, tail, self.taps(x.size(2)), units, LEAST)
 
     def query(self, x, tail):
-        """The query of each token of x (B, T, C) alone. -> q (B, T, H, D), new tail (B, K-1, H, D)"""
+        """Only the queries of x (B, T, C). -> q (B, T, H, D), new tail (B, K-1, H, D)"""
         x = F.linear(x, self.c_qkv.weight[:x.size(2)])
         with torch.autocast(x.device.type, enabled=False):
             x, after = self.shift(x, tail)
@@ -202,8 +201,8 @@ class NeuralMemory(CompiledMethods):
 
     def output(self, y, q, dtype):
         """
-        What was read, bounded, and the query beside it: the residual of the paper's M(x) = x + ..., kept out of what is
-        learned at test time. A read's size says how sure the memory is, so a small one stays small. -> (B, T, C)
+        What was read, bounded in size, plus the query: the residual of the paper's M(x) = x + ..., kept out of the weights that
+        are learned at test time. The size of a read says how sure the memory is, so a small read stays small. -> (B, T, C)
         """
         return kernels.join(y, q, wide(self.gain)).flatten(2).to(dtype)  # of size 0.1 at first
 

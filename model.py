@@ -14,17 +14,18 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from deep import memory_of
 from memory import CompiledMethods, MemoryState, NeuralMemory, map_state, where  # noqa: F401 (from model import NeuralMemory)
-from sampling import sample_token
+from nanotitans import kernels
+from nanotitans.configurator import Count, Natural, Range, ShareBelow1, check_ranges
+from nanotitans.deep import memory_of
+from nanotitans.sampling import sample_token
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -35,24 +36,24 @@ class TitansConfig:
     """Every option of the model. Raises ValueError, naming the options, on a combination that cannot work."""
     arch: Literal['mac', 'mag', 'mal', 'lmm', 'gpt'] = 'mac'  # memory as context, gate, layer; alone; a Transformer
     backbone: Literal['titans', 'gpt2'] = 'titans'  # the Transformer around it: this file's, or GPT-2's (gpt2.py)
-    block_size: int = 1024      # tokens of a training sequence, and the attention window of 'gpt'
-    vocab_size: int = 50304     # 0 = as many as the data set has (filled in by the trainer)
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    block_size: Count = 1024      # tokens of a training sequence, and the attention window of 'gpt'
+    vocab_size: Natural = 50304     # 0 = as many as the data set has (filled in by the trainer)
+    n_layer: Count = 12             # blocks
+    n_head: Count = 12              # heads of attention
+    n_embd: Count = 768             # width of the stream
+    dropout: ShareBelow1 = 0.0      # share of numbers that training sets to 0
     bias: bool = False          # in the Linear layers of attention and MLP
     tie_weights: bool = True    # the embedding is the output layer too
-    segment_len: int = 128      # mac: tokens one attention sees
+    segment_len: Count = 128      # mac: tokens one attention sees
     checkpoint_segments: bool = False  # mac: the backward runs each segment again instead of keeping what was in between
-    window_len: int = 128       # mag, mal: tokens one token's attention sees, itself included
-    num_persist_mem: int = 4    # learned tokens in front of every segment or window
-    num_longterm_mem: int = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
-    memory_depth: int = 1       # layers of the memory: 1 (linear), or 2 to 4 (an MLP, deep.py)
-    memory_expansion: int = 2   # of an MLP: hidden width over input width
-    memory_values: int = 0      # of memory_depth 2: numbers of a head's value that are kept (FeatureMemory); 0 = an MLP
-    memory_heads: int = 12      # independent memories of width n_embd / memory_heads
-    memory_conv: int = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
+    window_len: Count = 128       # mag, mal: tokens one token's attention sees, itself included
+    num_persist_mem: Natural = 4    # learned tokens in front of every segment or window
+    num_longterm_mem: Natural = 0   # tokens read from memory for a segment; 0 = one for each of its tokens
+    memory_depth: Annotated[int, Range(1, 4)] = 1  # layers of the memory: 1 (linear), or 2 to 4 (an MLP, deep.py)
+    memory_expansion: Count = 2   # of an MLP: hidden width over input width
+    memory_values: Natural = 0      # of memory_depth 2: numbers of a head's value that are kept (FeatureMemory); 0 = an MLP
+    memory_heads: Natural = 0       # independent memories of width n_embd / memory_heads; 0 = as many as n_head
+    memory_conv: Natural = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
     memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'  # hard: clamped linear, can be exactly 0
     memory_lr: float = 0.4      # where theta starts, over the largest it may be (NeuralMemory.largest_step)
     memory_momentum: float = 0.0   # where eta starts; 0 = no momentum at all
@@ -63,24 +64,15 @@ class TitansConfig:
         if self.arch not in BLOCKS:
             raise ValueError(f"arch='{self.arch}' is not one of {', '.join(BLOCKS)}")
         unused = self.unused()
-        if self.backbone not in ('titans', 'gpt2'):
-            raise ValueError(f"backbone='{self.backbone}' is not one of titans, gpt2")
+        if 'memory_heads' not in unused:
+            self.memory_heads = self.memory_heads or self.n_head
+        check_ranges(self, {*unused, 'arch'})  # which can be one of your own: docs/memory-rules.md
 
         def need(ok, message, *names):
             if not ok and not unused & set(names):
                 raise ValueError(message)
 
-        for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'segment_len', 'window_len', 'memory_heads',
-                     'memory_expansion'):
-            need(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1", name)
-        for name in ('vocab_size', 'num_persist_mem', 'num_longterm_mem', 'memory_conv'):
-            need(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; the nearest is 0", name)
         need(self.memory_conv != 1, "memory_conv=1 mixes nothing: 0 is no convolution, 2 or more reaches back", 'memory_conv')
-        need(self.memory_gates in ('sigmoid', 'hard', 'fixed'),
-             f"memory_gates='{self.memory_gates}' is not one of sigmoid, hard, fixed", 'memory_gates')
-        need(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        need(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4; the nearest is "
-             f"{min(max(self.memory_depth, 1), 4)}", 'memory_depth')
         need(self.memory_values == 0 or (self.memory_depth == 2 <= self.memory_expansion and 0 < self.memory_values),
              f"memory_values={self.memory_values} needs memory_depth=2 and memory_expansion of 2 or more", 'memory_values')
         for name in ('memory_lr', 'memory_momentum', 'memory_decay'):
@@ -107,8 +99,10 @@ class TitansConfig:
         if blocks and not 0 <= blocks[0] <= blocks[-1] < self.n_layer:
             raise ValueError(f"memory_layers='{self.memory_layers}' names a block outside 0 to n_layer-1={self.n_layer - 1}")
         for name, least in ('n_head', 2), ('memory_heads', 1):
+            if name in self.unused():
+                continue
             heads, fits = getattr(self, name), [h for h in range(1, min(C, 1024) + 1) if C % (h * least) == 0]
-            if C % (heads * least) and name not in self.unused():
+            if C % (heads * least):
                 raise ValueError(f"n_embd={C} must be a multiple of {name}={heads}" + (
                     ", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
                     + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
@@ -128,12 +122,12 @@ class TitansConfig:
         except ValueError:
             raise ValueError(f"memory_layers='{self.memory_layers}' must be 'all', 'none' or a list such as '0,2'") from None
 
-    def stretch_name(self):
+    def attention_span_option(self):
         """The option that says how far one attention reaches."""
         return {'mac': 'segment_len', 'gpt': 'block_size'}.get(self.arch, 'window_len')
 
-    def stretch(self):
-        return getattr(self, self.stretch_name())
+    def attention_span(self):
+        return getattr(self, self.attention_span_option())
 
     def unused(self):
         """The names of the options that make no difference to this architecture, or without a memory."""
@@ -151,7 +145,7 @@ def nearest(n, unit):
 
 
 class KVCache(NamedTuple):
-    """Positions, and the rotation of keys, count inside a segment or a pair of windows: they never run out."""
+    """Positions restart with every segment (mac) or pair of windows, so rotary angles stay bounded however long the text is."""
     k: torch.Tensor   # of the last S tokens, in mac of this segment's context and then its tokens   (B, S, n_head, D)
     v: torch.Tensor   # as k
     own: torch.Tensor | None = None  # which keys are of the text its row is in now (B, S); None: all
@@ -186,24 +180,24 @@ def uncounted(state):
 # small parts
 
 
-def pieces(filled, T, size):
-    """Lengths that cut T tokens where units of `size` end, the first unit being `filled` already."""
+def split_lengths(filled, T, size):
+    """Lengths that split T tokens at the ends of units of `size` tokens. The first unit has `filled` tokens already."""
     first = min(size - filled, T)
     return [first] + [size] * ((T - first) // size) + [(T - first) % size] * ((T - first) % size > 0)
 
 
 def cut(x, sizes, dim=1):
-    """x in pieces of so many tokens: x itself if they are one, as when a token is generated."""
+    """x split into pieces of these lengths; x itself if there is only one, which is faster when a token is generated."""
     return (x,) if len(sizes) == 1 else x.split(sizes, dim)
 
 
 def places(begin, T, size, device):
-    """Where T tokens stand in units of `size`, the first at `begin`: an index for tables of `size` rows."""
+    """The positions of T tokens in units of `size` tokens, the first at `begin`: an index for tables of `size` rows."""
     return slice(begin, begin + T) if begin + T <= size else (begin + torch.arange(T, device=device)) % size
 
 
-def kept(function):
-    """The function with its last results kept, but not those of torch.export and FakeTensorMode, which are not real."""
+def remembered(function):
+    """functools.lru_cache, but for calls under torch.export and FakeTensorMode, whose tensors are not real."""
     cached = functools.lru_cache(64)(function)
 
     @functools.wraps(function)
@@ -213,13 +207,13 @@ def kept(function):
     return call
 
 
-@kept
+@remembered
 def rotary(length, width, still, dtype, device, base=10000.0):
     """
     cos and sin of rotary positions (Su et al., arXiv 2104.09864) 0 to length-1, for any number of heads; the slowest `still`
     pairs of channels do not turn at all.   2 of (length, 1, width)
     """
-    with torch.inference_mode(False):  # kept for calls of any kind
+    with torch.inference_mode(False):  # a later call may need gradients
         exact = torch.float32 if device.type == 'mps' else torch.float64
         freq = base ** (-torch.arange(width // 2, device=device, dtype=exact) / (width // 2))
         freq[width // 2 - still:] = 0
@@ -228,20 +222,16 @@ def rotary(length, width, still, dtype, device, base=10000.0):
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-@kept
+@remembered
 def visible(n, past, front, copies, window, device):
     """
-    Which keys each of n queries may see (n, front + copies * (past + n)) bool: the `front`, and of the tokens so far, `past`
-    and then its own n, those neither after it nor `window` or more before it. Keys may be there in several copies, one row
-    of them after the other.
+    Which keys each of n queries may see, bool (n, front + copies * (past + n)): all of the first `front` keys, and of the
+    `past` + n tokens so far those that are not after the query, nor `window` or more before it. With copies=2 the keys of the
+    tokens come twice, first those of what was read from memory.
     """
     with torch.inference_mode(False):
         seen = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past).triu(past - window + 1)
         return torch.cat((seen.new_ones(n, front), *[seen] * copies), dim=1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the long-term memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +248,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; who sees whom is the caller's business."""
+    """Multi-head attention with rotary positions. The caller says which keys a query sees."""
 
     def __init__(self, config):
         super().__init__()
@@ -283,12 +273,12 @@ class Attention(nn.Module):
         return *self.turn(qk, angles).chunk(2, dim=2), v
 
     def kv_weights(self):
-        """Of the projection to keys and values alone, for kv(): cut out once a call, for many segments."""
+        """The part of c_attn that makes keys and values, for kv(). Taken once a call, for many segments."""
         C = self.c_proj.in_features
         return self.c_attn.weight[C:], None if self.c_attn.bias is None else self.c_attn.bias[C:]
 
     def kv(self, x, weights, angles=None):
-        """k, v (B, T, n_head, D) of tokens that ask nothing themselves (persistent, retrieved); no angles: at position 0."""
+        """k, v (B, T, n_head, D) of tokens without queries: persistent or retrieved ones. No angles: position 0."""
         k, v = F.linear(x, *weights).unflatten(2, (2 * self.n_head, -1)).chunk(2, dim=2)
         return k if angles is None else self.turn(k, angles), v
 
@@ -301,11 +291,10 @@ class Attention(nn.Module):
 
     def sliding(self, x, cache, pos, window, persist=None):
         """
-        Each token of x (B, T, C), the first of them the pos-th of its text, over the last `window` tokens and the persistent
-        ones (1, P, C). Block by block of `window` queries, which see less than two blocks of keys: O(T window), and
-        positions that stay below 2 window, however long the text. The persistent tokens have no position, so that it makes no
-        difference where in a block a text begins: their keys are 0 where channels turn, and the slowest do not. -> (B, T, C),
-        cache
+        Each token of x (B, T, C) attends to the last `window` tokens and to the persistent ones (1, P, C); the first token is
+        the pos-th of its text. Computed in blocks of `window` queries, each over less than two blocks of keys: the time is
+        O(T window), and positions stay below 2 window. Persistent tokens have no position, so a text may begin anywhere in a
+        block: their keys are 0 in the channels that turn, and the slowest channels do not turn. -> (B, T, C), cache
         """
         pairs = cache.k.size(3) // 2
         still = 0 if persist is None else max(pairs // 4, min(pairs - 1, 1))
@@ -316,7 +305,7 @@ class Attention(nn.Module):
             first = [part.expand(x.size(0), -1, -1, -1) for part in (k, v)]
         second = self.angles(x, 2 * window, slice(window, None), still)  # queries stand in the second block
         at = places(here, x.size(1), window, x.device)
-        sizes, qkv = pieces(here, x.size(1), window), self.qkv(x, [table[at] for table in second])
+        sizes, qkv = split_lengths(here, x.size(1), window), self.qkv(x, [table[at] for table in second])
         for q, k, v in zip(*(cut(part, sizes) for part in qkv), strict=True):
             n, past = q.size(1), cache.k.size(1)
             k, v = torch.cat((cache.k.to(k.dtype), k), dim=1), torch.cat((cache.v.to(v.dtype), v), dim=1)
@@ -355,8 +344,8 @@ class MLP(nn.Module):
 
 class Block(CompiledMethods):
     """
-    What the architectures share: they differ in mix(x (B, T, C), state, pos, update_memory) -> x, state, where x begins at
-    the pos-th token of the text. What is read from memory joins the stream through c_proj, as a sum.
+    What the architectures share. They differ in mix(x (B, T, C), state, pos, update_memory) -> x, state, where the first token
+    of x is the pos-th of the text. What is read from memory goes through c_proj and is added to the stream.
     """
     unused = ()  # options of TitansConfig that the architecture does not look at
     Norm, Attention, MLP = RMSNorm, Attention, MLP
@@ -378,7 +367,7 @@ class Block(CompiledMethods):
                           None if self.memory is None else self.memory.init_state(batch_size))
 
     def restart(self, state, rows):
-        """The rows (B,) that are True begin a text of their own: an empty memory, and no key read so far in sight."""
+        """The rows (B,) that are True begin a new text: their memory is empty, and they see no key read so far."""
         memory, kv = state.memory, state.kv
         if kv is not None:
             own = kv.k.new_ones(kv.k.shape[:2], dtype=torch.bool) if kv.own is None else kv.own
@@ -391,23 +380,23 @@ class Block(CompiledMethods):
         return y, state._replace(kv=kv)
 
     def remember(self, x, state, update_memory):
-        """Write x (B, T, C) to memory and read it after each token. -> what that adds (B, T, C), 0 without memory; state"""
+        """Write x (B, T, C) to memory, and read after each token. -> what is added to the stream (B, T, C), or 0; state"""
         if self.memory is None:
             return 0, state
         m, memory = self.memory(x, state.memory, update_memory)
         return self.join(m), state._replace(memory=memory)
 
     def join(self, m):
-        """What is read from memory (B, T, C), as it joins the stream."""
+        """What is read from memory (B, T, C) -> what is added to the stream."""
         return self.c_proj(m)
 
     def compile_step(self):
-        """torch.compile what a block repeats with the same shapes, once for all blocks: here the memory, and feed."""
-        self.compile_methods('feed')
+        """torch.compile what all blocks repeat with the same shapes: here the memory and the MLP."""
+        self.compile_methods('add_mlp')
         if self.memory is not None:
             self.memory.compile_methods('forward')
 
-    def feed(self, x):
+    def add_mlp(self, x):
         return x + self.drop(self.mlp(self.norm_2(x)))  # (B, T, C)
 
     def forward(self, x, state, pos, update_memory, begins=None):
@@ -416,7 +405,7 @@ class Block(CompiledMethods):
             state = self.init_state(x.size(0))
         if not begins:
             x, state = self.mix(x, state, pos, update_memory)
-            return self.feed(x), state
+            return self.add_mlp(x), state
         starts, out = sorted({0, *begins}), []
         sizes = [b - a for a, b in itertools.pairwise([*starts, x.size(1)])]
         for part, start in zip(x.split(sizes, dim=1), starts, strict=True):
@@ -424,7 +413,7 @@ class Block(CompiledMethods):
                 state = self.restart(state, begins[start])
             y, state = self.mix(part, state, pos + start, update_memory)
             out.append(y)
-        return self.feed(torch.cat(out, dim=1)), state
+        return self.add_mlp(torch.cat(out, dim=1)), state
 
 
 class MAGBlock(Block):
@@ -515,7 +504,7 @@ class MACBlock(Block):
             return state
         fresh, memory = self.init_state(rows.size(0)), self.memory.restart(state.memory, rows)
         tail, last = where(rows, (fresh.tail, fresh.last), (state.tail, state.last))
-        return state._replace(memory=memory, tail=tail, last=last)  # base is noted as the segment opens
+        return state._replace(memory=memory, tail=tail, last=last)  # open_segment sets base
 
     def open_segment(self, state, first, weights, x):
         """
@@ -533,48 +522,51 @@ class MACBlock(Block):
             k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), h, strict=True))
         return state._replace(kv=KVCache(k, v))
 
-    def segment(self, state, x, cos, sin, q, k, v, asked, here, weights, update_memory):
+    def segment(self, state, x, cos, sin, q, k, v, memory_queries, here, weights, update_memory):
         """
-        n tokens x (B, n, C) of a segment, the first its here-th, their rotated q, k, v and what they ask. -> what attention and
-        what memory adds (B, n, C), state
+        n tokens x (B, n, C) of a segment, the first its here-th, with their rotated q, k, v and their queries to the memory.
+        -> what attention and what memory adds (B, n, C), state
         """
         n, S = x.size(1), state.kv.k.size(1) - here
         (front_k, text_k), (front_v, text_v) = ((old.to(k.dtype)[:, :S], old.to(k.dtype)[:, S:]) for old in state.kv[:2])
         h = [], []
-        if asked is not None:  # h_j stands at the position of x_j
-            h = self.attn.kv(self.memory.recall(asked, state.base, q.dtype), weights, (cos, sin))
+        if memory_queries is not None:  # h_j stands at the position of x_j
+            h = self.memory.recall(memory_queries, state.base, q.dtype)
+            h = self.attn.kv(h, weights, (cos, sin))
             h = h[:1], h[1:]
         kv = KVCache(torch.cat((front_k, *h[0], text_k, k), dim=1), torch.cat((front_v, *h[1], text_v, v), dim=1))
         state, copies = state._replace(kv=kv), 1 + bool(h[0])
         front = kv.k.size(1) - copies * (here + n)
-        y = self.look(q, kv, None if n == 1 else visible(n, here, front, copies, self.segment_len, x.device), here + n)
+        mask = None if n == 1 else visible(n, here, front, copies, self.segment_len, x.device)
+        y = self.attend_segment(q, kv, mask, here + n)
         if self.memory is None:
             return y, None, state
         m, memory = self.memory(self.norm_z(torch.addcmul(x, self.share, y)), state.memory, update_memory)
         return y, m, state._replace(memory=memory)
 
-    def look(self, q, kv, mask, length):
-        """Queries over what stands before the segment and then its tokens so far, `length` of them."""
+    def attend_segment(self, q, kv, mask, length):
+        """Attention over what stands in front of the segment and then its `length` tokens so far."""
         return self.attn(q, *kv[:2], mask)
 
     def compile_step(self):
         """As in Block, but a whole segment instead of the memory in it."""
-        self.compile_methods('feed', 'segment')
+        self.compile_methods('add_mlp', 'segment')
 
     def mix(self, x, state, pos, update_memory):
         u, here = self.norm_1(x), pos % self.segment_len
         at = places(here, x.size(1), self.segment_len, x.device)
         angles, weights = self.attn.angles(x, self.segment_len, at), self.attn.kv_weights()
-        # of the whole call: only what depends on the memory goes by segments
-        sizes, qkv = pieces(here, x.size(1), self.segment_len), self.attn.qkv(u, angles)
-        asked = [None] * len(sizes)
+        # for the whole call at once: only what depends on the memory goes segment by segment
+        sizes, qkv = split_lengths(here, x.size(1), self.segment_len), self.attn.qkv(u, angles)
+        memory_queries = [None] * len(sizes)
         if self.memory is not None and self.questions is None:
             asked, tail = self.memory.query(u, state.tail)
-            state, asked = state._replace(tail=tail), cut(asked, sizes)
+            state, memory_queries = state._replace(tail=tail), cut(asked, sizes)
         opens = here == 0 or len(sizes) > 1
         first = self.attn.kv(self.persist, weights) if opens and self.persist is not None else None
         seen, read = [], []
-        for parts in zip(cut(x, sizes), *(cut(t, sizes, 0) for t in angles), *(cut(t, sizes) for t in qkv), asked, strict=True):
+        for parts in zip(cut(x, sizes), *(cut(t, sizes, 0) for t in angles), *(cut(t, sizes) for t in qkv), memory_queries,
+                         strict=True):
             if here == 0:
                 state = self.open_segment(state, first, weights, u)
             arguments = (state, *parts, here, weights, update_memory)
@@ -644,8 +636,8 @@ class TitansGPT(nn.Module):
 
     def compile_steps(self):
         """
-        torch.compile the step each block repeats: traced once for all blocks, where the whole model would be traced with every
-        segment written out. A minute on a CPU; again for other shapes, and without gradients.
+        torch.compile the step that each block repeats. It is traced once for all blocks; the whole model would be traced with
+        every segment written out. Takes a minute on a CPU, and again for other shapes and without gradients.
         """
         torch._dynamo.config.recompile_limit = 64  # beyond it PyTorch would go on uncompiled, without a word
         torch._dynamo.config.optimize_ddp = False  # which would cut steps that are far smaller than its buckets

@@ -14,14 +14,14 @@ from typing import Literal
 
 import numpy as np
 
-import configurator
-from checkpoint import beside
-from configurator import UserError
+from nanotitans import configurator
+from nanotitans.configurator import UserError
+from nanotitans.figures import pyplot, run_names, save_figure
 
 
 @dataclass
 class PlotConfig:
-    x: Literal['step', 'tokens', 'hours'] = 'step'
+    x: Literal['step', 'tokens', 'hours'] = 'step'  # what the curves are drawn against
 
 
 def read(out_dir, x='step'):
@@ -50,33 +50,6 @@ def read(out_dir, x='step'):
     return curves
 
 
-def names(out_dirs):
-    """What tells runs apart: their paths, without the folders that all of them are in."""
-    above = os.path.commonpath([os.path.dirname(os.path.abspath(d)) for d in out_dirs])
-    return [os.path.relpath(d, above) for d in out_dirs]
-
-
-def pyplot():
-    """matplotlib.pyplot, drawing into files."""
-    try:
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install 'nanotitans[plots]'") from None
-    return matplotlib.pyplot
-
-
-def save(figure, path):
-    """A picture, whole or not at all. UserError if it cannot be written."""
-    for text in figure.findobj(pyplot().Text):  # the name of a run's folder may be no text
-        if not text.get_text().isprintable():
-            text.set_text(text.get_text().encode(errors='replace').decode())
-    with beside(path) as partial:
-        figure.savefig(partial, dpi=150, format='png')
-    pyplot().close(figure)
-
-
 def draw_loss(runs, x, path):
     """For each run its validation loss and, paler, its training loss."""
     plt = pyplot()
@@ -98,7 +71,7 @@ def draw_loss(runs, x, path):
         figure.legend(loc='outside right upper', fontsize='small')
     else:
         axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
@@ -124,12 +97,7 @@ def draw_memory(runs, x, path):
         ax.set_title(name)
     for ax in axes[-1]:
         ax.set_xlabel(LABELS[x])
-    save(figure, path)
-
-
-def brief(n):
-    """A number of tokens on an axis: 256, 16K, 2M."""
-    return f'{n // 2 ** 20}M' if n % 2 ** 20 == 0 else f'{n // 1024}K' if n % 1024 == 0 else str(n)
+    save_figure(figure, path)
 
 
 def main(argv):
@@ -137,12 +105,12 @@ def main(argv):
     out_dirs = list(dict.fromkeys(os.path.normpath(a) for a in argv if not a.startswith('-')))
     if not out_dirs:
         raise UserError("give the out_dir of at least one run")
-    runs = dict(zip(names(out_dirs), (read(out_dir, config.x) for out_dir in out_dirs), strict=True))
+    runs = dict(zip(run_names(out_dirs), (read(out_dir, config.x) for out_dir in out_dirs), strict=True))
     pyplot()
     try:
         import plotext
     except ImportError:
-        raise UserError("plot.py needs plotext: pip install 'nanotitans[plots]'") from None
+        raise UserError("plot.py needs plotext: pip install -e '.[plots]'") from None
     plotext.clear_figure()
     plotext.plotsize(90, 18)
     plotext.theme('clear')

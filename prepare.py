@@ -33,17 +33,19 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-import needle as needles
-import recall as recalls
-import talk as talks
-from configurator import UserError, load, run
-from dataset import NAMES, WORD, Dataset, Tokenizer, Writer, read_text
-from seeds import generator
+from nanotitans.configurator import Count, Natural, Range, UserError, check_ranges, load, run
+from nanotitans.dataset import NAMES, Dataset, Writer
+from nanotitans.files import read_text
+from nanotitans.seeds import generator
+from nanotitans.tokenizer import Tokenizer, word_tokenizer
+from tasks import needle as needles
+from tasks import recall as recalls
+from tasks import talk as talks
 
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -51,22 +53,25 @@ SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass
 class PrepareConfig:
-    data_dir: str = 'data'
-    source: str = ''        # shakespeare*: a file already on disk; stdlib, talk: a folder of Python source
-    train_path: str = ''    # text: the training file
-    val_path: str = ''      # text: the validation file; '' = the last tenth of the training file
-    name: str = 'text'      # text: what the data set is called, data/NAME/; a data set of another text is never replaced
-    tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word, or gpt2
-    check: bool = False     # only hold what is there against its checksums
-    num_proc: int = 0       # openwebtext, fineweb_edu: processes that encode; 0 = one per core
-    subset: str = 'sample-10BT'  # fineweb_edu: which configuration of it
-    documents: int = 0      # openwebtext, fineweb_edu: how many; 0 = all
-    shard_tokens: int = 100_000_000  # openwebtext, fineweb_edu: tokens of a file
-    haystack: str = ''      # needle, talk: a prepared data set or a file of text; '' = the Python language reference
-    block_size: int = 256   # needle, talk: tokens of a training row
-    rows: int = 32768       # needle, talk, recall: training rows, and a sixteenth as many for validation
-    words: int = 768        # needle, talk: words that are tokens, beside the 256 bytes that spell the rest
-    seed: int = 1337        # needle, talk, recall
+    data_dir: str = 'data'          # where data sets are kept, each in a folder of its own
+    source: str = ''                # shakespeare*: a file already on disk; stdlib, talk: a folder of Python source
+    train_path: str = ''            # text: the training file
+    val_path: str = ''              # text: the validation file; '' = the last tenth of the training file
+    name: str = 'text'              # text: its folder, data/NAME/; a data set of another text is never replaced
+    tokenizer: Literal['auto', 'byte', 'char', 'word', 'gpt2'] = 'auto'  # text: auto is byte; needle: auto is word; or gpt2
+    check: bool = False             # only hold what is there against its checksums
+    num_proc: Natural = 0           # openwebtext, fineweb_edu: processes that encode; 0 = one per core
+    subset: str = 'sample-10BT'     # fineweb_edu: which configuration of it
+    documents: Natural = 0          # openwebtext, fineweb_edu: how many; 0 = all
+    shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens of a file
+    haystack: str = ''              # needle, talk: a prepared data set or a file of text; '' = the Python language reference
+    block_size: Annotated[int, Range(needles.LEAST_ROW, 2 ** 24)] = 256  # needle, talk: tokens of a training row
+    rows: Annotated[int, Range(16)] = 32768  # needle, talk, recall: training rows, and a sixteenth as many for validation
+    words: int = 768                # needle, talk: words that are tokens, beside the 256 bytes that spell the rest
+    seed: Natural = 1337            # of the rows of needle, talk, recall
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 def download(url, path, sha256=''):
@@ -221,17 +226,6 @@ def haystack_texts(config):
     return needles.held_out(read_text(config.haystack))
 
 
-def word_tokenizer(vocabulary, text, size):
-    """The words of a vocabulary and the most common ones of text, size in all."""
-    counts = collections.Counter(piece.decode() for piece in WORD.findall(' '.join(text.split()).encode()) if len(piece) > 1)
-    ours = [piece.decode() for piece in WORD.findall(vocabulary.encode()) if len(piece) > 1]
-    common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if word.startswith(' ')]
-    words = list(dict.fromkeys(ours + common))
-    if size < len(dict.fromkeys(ours)):
-        raise UserError(f"words={size} must be at least the {len(dict.fromkeys(ours))} that are always needed")
-    return Tokenizer({'kind': 'word', 'words': words[:size]})
-
-
 def draws(name, config):
     """The split of each row of a data set, and a generator of its own to draw it with."""
     for split, rows in ('train', config.rows), ('val', config.rows // 16):
@@ -318,7 +312,7 @@ def crawl(name, config, total, *where):
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name} needs the datasets library: pip install 'nanotitans[datasets,tiktoken]'") from None
+        raise UserError(f"{name} needs the datasets library: pip install -e '.[datasets,tiktoken]'") from None
     what = os.path.abspath(config.source) if config.source else ' '.join(where)
     with Writer(config.data_dir, name, bpe(), document_end=bpe().bpe.eot_token, shard_tokens=config.shard_tokens) as writer:
         began = writer.source or {'what': what, 'documents': 0, 'stream': None}
@@ -373,12 +367,6 @@ def main(argv):
     instead = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE', 'recall': ''}
     if config.source and names[0] in instead:
         raise UserError(f"--source is not for {names[0]}{instead[names[0]]}")
-    for name, least in (('num_proc', 0), ('seed', 0), ('rows', 16), ('block_size', needles.LEAST_ROW), ('documents', 0),
-                        ('shard_tokens', 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
-    if config.block_size > 2 ** 24:
-        raise UserError(f"block_size={config.block_size} must be at most {2 ** 24}")
     if config.name != 'text' and names[0] != 'text':
         raise UserError(f"--name is for text; {names[0]} has its own")
     if not re.fullmatch(r'\w[\w-]*', config.name) or config.name in (*NAMES, 'downloads'):

@@ -11,11 +11,7 @@ machines, SLURM and preemption.
 """
 import dataclasses
 import math
-import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,88 +20,78 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
-import configurator
 import gpt2
-import native
-import sharded
-from configurator import UserError
-from dataset import Dataset
 from model import TitansConfig, detach_state, map_state, nearest, uncounted
-from parallel import Process, local, pick_dtype, placed_as, run, whole
-from seeds import generator
-from tracking import Tracker
+from nanotitans import checkpoint, configurator
+from nanotitans.configurator import Count, Natural, NotNegative, Share, ShareBelow1, UserError
+from nanotitans.dataset import Dataset
+from nanotitans.device import pick_dtype
+from nanotitans.files import error_reason
+from nanotitans.kernels import native
+from nanotitans.parallel import Process, gather_full, local_shard, run, shard_like
+from nanotitans.pretrained import load_pretrained
+from nanotitans.report import clock, commit, not_finite, opening_table
+from nanotitans.saving import Checkpoints, find_start, prepare_folder
+from nanotitans.seeds import generator
+from nanotitans.signals import Signals
+from nanotitans.tracking import Tracker
 
 
 @dataclass
 class TrainConfig(TitansConfig):
     vocab_size: int = 0             # 0 = the data set's; larger pads the table
     # where
-    out_dir: str = 'out'
-    dataset: str = 'stdlib'
-    data_dir: str = 'data'
+    out_dir: str = 'out'            # checkpoints, logs and pictures of this run
+    dataset: str = 'stdlib'         # a folder in data_dir
+    data_dir: str = 'data'          # where prepare.py writes data sets
     init_from: str = 'scratch'      # resume; gpt2, gpt2-medium, ... or its folder; auto, auto:gpt2: resume where that can be
     freeze_backbone: bool = False   # with GPT-2: train what was added to it alone
-    keep_last: int = 1              # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
+    keep_last: Count = 1            # checkpoints kept: ckpt.pt, and with 2 or more ckpt-STEP.pt of the last ones
     keep_best: bool = True          # and best.pt, of the lowest validation loss
     # evaluation and logging
-    eval_interval: int = 250
-    eval_iters: int = 20            # batches of batch_size sequences a split
-    eval_only: bool = False
-    log_interval: int = 10
+    eval_interval: Count = 250      # steps from one evaluation, and checkpoint, to the next
+    eval_iters: Count = 20          # batches of batch_size sequences a split
+    eval_only: bool = False         # evaluate and stop
+    log_interval: Count = 10        # steps from one line of the log to the next
     tensorboard_log: bool = False   # into out_dir/tensorboard
     wandb_log: bool = False         # WANDB_MODE=offline: into out_dir/wandb alone
-    wandb_project: str = 'nanotitans'
+    wandb_project: str = 'nanotitans'  # its name there
     wandb_run_name: str = ''        # '' = out_dir
     # data
-    batch_size: int = 12            # sequences of a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches of a step; all their rows are shared out to the processes
+    batch_size: Count = 12          # sequences of a micro-batch
+    gradient_accumulation_steps: Count = 1  # micro-batches of a step; all their rows are shared out to the processes
     doc_reset: bool = False         # rows are cut at the ends of documents, and each document begins with a fresh memory
     # memory in training
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
-    reset_prob: float = 0.05        # carry_state: chance that a row starts a step with a fresh memory
-    tbptt: int = 0                  # tokens between cuts of the graph; 0 = none inside a sequence
+    reset_prob: Share = 0.05        # carry_state: chance that a row starts a step with a fresh memory
+    tbptt: Natural = 0              # tokens between cuts of the graph; 0 = none inside a sequence
     update_memory: bool = True      # False: the memory stays at M_0, for comparison
-    write_cost: float = 0.0         # price of writing, nats per unit of mean theta: hard gates close on what is not worth it
-    forget_cost: float = 0.0        # price of forgetting, nats per unit of mean alpha
-    cost_from: float = 0.3          # the part of max_iters that goes by before the prices are asked
+    write_cost: NotNegative = 0.0   # price of writing, nats per unit of mean theta: hard gates close where it is not worth it
+    forget_cost: NotNegative = 0.0  # price of forgetting, nats per unit of mean alpha
+    cost_from: Share = 0.3          # the part of max_iters that goes by before the prices are asked
     # outer optimizer, AdamW
-    learning_rate: float = 6e-4
-    min_lr: float = 6e-5
-    warmup_iters: int = 100
-    max_iters: int = 5000
+    learning_rate: NotNegative = 6e-4  # its peak, after warm-up
+    min_lr: NotNegative = 6e-5      # where the cosine ends
+    warmup_iters: Natural = 100     # steps of linear warm-up
+    max_iters: Natural = 5000       # steps in all
     lr_decay_iters: int = 0         # 0 = max_iters
-    decay_lr: bool = True
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0          # 0 = none
-    max_skips: int = 20             # steps in a row that may be skipped because a number is not finite
+    decay_lr: bool = True           # False: no cosine, the peak to the end
+    weight_decay: NotNegative = 0.1  # of matrices alone
+    beta1: ShareBelow1 = 0.9        # AdamW's decay of the mean gradient
+    beta2: ShareBelow1 = 0.95       # AdamW's decay of the mean square
+    grad_clip: NotNegative = 1.0    # 0 = none
+    max_skips: Count = 20           # steps in a row that may be skipped because a number is not finite
     # machine
     device: str = 'auto'            # cuda, mps or cpu, whichever there is, in this order
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # under torchrun; auto: ddp where half of a GPU holds model and AdamW
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
     compile: bool = False           # torch.compile the step that blocks repeat: a minute on a CPU before the first step
     kernel: Literal['auto', 'loop', 'blocks'] = 'auto'  # the memory in native.c, in PyTorch; auto: the first where it can be
-    seed: int = 1337
+    seed: Natural = 1337            # of weights, rows and dropout
 
     def __post_init__(self):
         super().__post_init__()
         self.ignored = self.drop_unused()  # any config can be switched to any architecture
-        for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval', 'keep_last',
-                     'max_skips'):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ('max_iters', 'tbptt', 'learning_rate', 'min_lr', 'warmup_iters', 'grad_clip', 'weight_decay', 'seed',
-                     'write_cost', 'forget_cost'):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ('reset_prob', 'cost_from'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
         unit = self.text_unit()
         for name in ('carry_state', 'doc_reset'):
             if getattr(self, name) and self.block_size % unit:
@@ -120,7 +106,7 @@ class TrainConfig(TitansConfig):
     def text_unit(self):
         """Texts that begin at multiples of this many tokens, documents or reset rows, are read as if they stood alone."""
         # a segment is one attention's, and GPT-2's positions begin with its windows
-        return self.stretch() if 'segment_len' not in self.unused() or self.backbone == 'gpt2' else 1
+        return self.attention_span() if 'segment_len' not in self.unused() or self.backbone == 'gpt2' else 1
 
     def unused(self):
         """What the trainer would ask of a memory is not used either where there is none."""
@@ -150,257 +136,222 @@ def get_lr(step, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
 
 
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
-
-
-def commit():
-    """The commit this code is at, '+' if it was changed since, '' outside a repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        git = [subprocess.run(['git', '-C', here, *a], capture_output=True, text=True, check=True).stdout.strip()
-               for a in (('rev-parse', '--short', 'HEAD'), ('status', '--porcelain', '-uno'))]
-        return git[0] + ('+' if git[1] else '')
-    except (OSError, subprocess.CalledProcessError):
-        return ''
-
-
-def mend(state):
-    """-> the state with 0 for what is not finite, and which rows had such numbers, a bool array; those have to begin afresh."""
+def zero_nonfinite(state):
+    """-> the state with 0 for each number that is not finite, and which rows had such numbers (B,), a NumPy array."""
     bad = []
-    map_state(lambda x: bad.append(~x.isfinite().flatten(1).all(1)) or x if x.dim() > 1 else x, state)
-    state = map_state(lambda x: x.nan_to_num(0, 0, 0) if x.is_floating_point() else x, state)
+
+    def look(x):
+        if x.dim() > 1:
+            bad.append(~x.isfinite().flatten(1).all(1))
+        return x.nan_to_num(0, 0, 0) if x.is_floating_point() else x
+    state = map_state(look, state)
     return state, torch.stack(bad).any(0).cpu().numpy()
 
 
-class Signals:
-    """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask the run to save and stop."""
+class StepTotals:
+    """The loss of a step and what its memories did, summed over micro-batches and spans; and what writing costs."""
+    NAMES = 'theta', 'eta', 'alpha', '|M|', '|S|'
 
-    def __init__(self):
-        self.name = None
+    def __init__(self, config, step, device):
+        self.blocks = len(config.memory_blocks())
+        self.loss = torch.zeros((), device=device)
+        self.memory = torch.zeros(self.blocks, len(self.NAMES), device=device)
+        price = torch.tensor((config.write_cost, 0.0, config.forget_cost), device=device)
+        asked = self.blocks and price.any() and step >= config.cost_from * config.max_iters
+        self.price = price if asked else None
 
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.come) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        return self
+    def add_gates(self, gates):
+        """gates (blocks, 3), their share of the step's mean. -> what they cost"""
+        self.memory[:, :3] += gates.detach()
+        return 0 if self.price is None else gates.mean(0) @ self.price
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def come(self, number, frame):
-        if self.name:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return  # launchers send theirs more than once
-        self.name = signal.Signals(number).name
-        if os.environ.get('RANK', '0') == '0':  # os.write: the signal may have come in the middle of a print
-            again = '; once more stops at once, without saving' if number == signal.SIGINT else ''
-            os.write(2, f"{self.name}: stopping after this step{again}\n".encode())
+    def mean(self, process):
+        """The means over all processes. -> loss, {name: one value a block}"""
+        sums = process.sum(*torch.cat((self.loss[None], self.memory.flatten())).tolist())
+        loss, *memory = (n / process.world for n in sums)
+        return loss, {name: memory[i::len(self.NAMES)] for i, name in enumerate(self.NAMES)} if memory else {}
 
 
 class Run:
-    """One training run; what it holds is what a checkpoint keeps."""
+    """One training run. What state() gives is what a checkpoint keeps of it, and what restore() goes on from."""
 
     def __init__(self, config):
         native.use(config.kernel)
         self.process = Process(config.device)
         self.device = self.process.device
-        self.path = os.path.join(config.out_dir, 'ckpt.pt')
-        there = bool(checkpoint.numbered(config.out_dir, folders=True)) or os.path.exists(self.path)
-        auto, source = re.fullmatch(r'(auto$|auto:)?(.*)', config.init_from).groups()
-        if (not source and auto != 'auto') or (source in ('scratch', 'resume', 'auto') and auto):
-            raise UserError(f"init_from='{config.init_from}': auto: stands before pretrained weights, as in auto:gpt2; "
-                            "auto, resume and scratch stand alone")
-        self.resumed = source == 'resume' or (bool(auto) and self.process.any(there)[0])
-        if self.process.restarts and not auto and not self.resumed:
-            again = 'auto' if source == 'scratch' else f'auto:{source}'
-            raise UserError(f"a restart by torchrun would begin anew; give --init_from={again}, or --max-restarts=0")
-        pretrained = None if self.resumed or source in ('scratch', '') else gpt2.fetch(source)
-        shape = {} if pretrained is None else gpt2.shape(pretrained)
-        if self.resumed:  # the command that began from GPT-2 need not say how large that is
-            shape = gpt2.shape_there(checkpoint.config_there(config.out_dir))
-        self.config = config = gpt2.with_shape(config, shape)
-        self.data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
-        if config.backbone == 'gpt2' and config.vocab_size not in (0, self.data.vocab_size):
+        start = find_start(config, self.process)
+        self.config, self.resumed = start.config, start.resumed
+        self.data = self.open_data()
+        self.tracker, self.signals, self.commit = Tracker(self.config), Signals(), commit()
+        self.step, self.best_val_loss, self.best_step = 0, math.inf, None
+        self.evaluated = None  # the step of the last evaluation that was not broken off
+        self.skips, self.skips_in_a_row = 0, 0
+        self.rows = self.config.batch_size * self.config.gradient_accumulation_steps  # of a step, over all processes
+        self.micro_batches = self.process.share(self.rows, self.config.batch_size)  # the rows that this process reads
+        self.states = [None] * len(self.micro_batches)  # what their rows carry
+        self.rows_to_reset = np.zeros(self.rows, bool)  # a step gone wrong has left them nothing to go on from
+        self.build(start.weights)
+        if self.resumed:
+            self.restore()
+        self.model = self.raw
+        if self.config.compile:
+            self.raw.compile_steps()
+        if self.parallel == 'ddp':
+            self.model = self.process.replicate(self.raw, unused=not self.config.update_memory)
+
+    def open_data(self):
+        """The data set. UserError if it does not go with the options; vocab_size becomes its own if it is 0."""
+        config = self.config
+        data = Dataset(config.data_dir, config.dataset, config.text_unit() if config.doc_reset else 0)
+        if config.backbone == 'gpt2' and config.vocab_size not in (0, data.vocab_size):
             raise UserError(f"init_from='{config.init_from}' knows {config.vocab_size:,} tokens, data set '{config.dataset}' "
-                            f"has {self.data.vocab_size:,}; prepare one with its tokens, as --tokenizer=gpt2 does")
-        if 0 < config.vocab_size < self.data.vocab_size:
-            raise UserError(f"vocab_size={config.vocab_size} is smaller than the {self.data.vocab_size} of data set "
+                            f"has {data.vocab_size:,}; prepare one with its tokens, as --tokenizer=gpt2 does")
+        if 0 < config.vocab_size < data.vocab_size:
+            raise UserError(f"vocab_size={config.vocab_size} is smaller than the {data.vocab_size} of data set "
                             f"'{config.dataset}'; leave it 0 to take the data set's")
-        config.vocab_size = config.vocab_size or self.data.vocab_size
+        config.vocab_size = config.vocab_size or data.vocab_size
         for split in ('train', 'val'):
-            self.data.room(split, config.block_size)
-        if self.data.row_len and config.carry_state:
+            data.num_starts(split, config.block_size)  # UserError if it is too short
+        if data.row_len and config.carry_state:
             raise UserError(f"carry_state=True: the rows of data set '{config.dataset}' are texts of their own, none goes on "
                             "where another stopped")
-        self.tracker = Tracker(config)
-        self.step, self.best_val_loss, self.best_step, self.saved = 0, math.inf, None, None
-        self.skips, self.skips_in_a_row, self.signals, self.commit = 0, 0, Signals(), commit()
-        self.evaluated = None  # the step of the last evaluation that was not broken off
-        self.rows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
-        self.pieces = self.process.share(self.rows, config.batch_size)  # the micro-batches of this one
-        self.states = [None] * len(self.pieces)  # what their rows carry
-        self.mended = np.zeros(self.rows, bool)  # rows that a step gone wrong has left nothing to go on from
+        return data
 
+    def build(self, weights):
+        """The model, on the device or spread over the processes, and its optimizer."""
+        config, process = self.config, self.process
         torch.manual_seed(config.seed)
         self.raw = gpt2.MODELS[config.backbone](config.model_config())  # before DDP, which renames its parameters
-        if pretrained is not None:
-            gpt2.put_into(self.raw, pretrained, source)
+        if weights is not None:
+            load_pretrained(self.raw, weights, config.init_from.removeprefix('auto:'))
         if config.freeze_backbone:
             gpt2.freeze(self.raw)
-        self.process.on_main(self.prepare_folder)
+        if not config.eval_only:
+            process.on_main(prepare_folder, config.out_dir, self.resumed)
         self.raw.to(self.device)
         self.size = sum(p.numel() for p in self.raw.parameters())
         dtype = pick_dtype(config.dtype, self.device)
-        self.parallel = self.process.choose(config.parallel, self.raw)
+        self.parallel = process.choose(config.parallel, self.raw)
         if self.parallel == 'fsdp':
             if dtype == torch.float16:
                 raise UserError("dtype='float16' scales its gradients, which sharded ones are not made for; give "
                                 "--dtype=bfloat16 or float32, or --parallel=ddp")
-            self.process.shard(self.raw)
-        fused = self.device.type == 'cuda'
+            process.shard(self.raw)
+        self.checkpoints = Checkpoints(config, process, in_shards=self.parallel == 'fsdp')
         self.optimizer = torch.optim.AdamW(self.raw.parameter_groups(config.weight_decay), lr=config.learning_rate,
-                                           betas=(config.beta1, config.beta2), fused=fused)
+                                           betas=(config.beta1, config.beta2), fused=self.device.type == 'cuda')
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        if self.resumed:
-            self.resume()
-        self.model = self.raw
-        if config.compile:
-            self.raw.compile_steps()
-        if self.parallel == 'ddp':
-            self.model = self.process.replicate(self.raw, unused=not config.update_memory)
-        self.saver = sharded.Saver(config.out_dir, self.process) if self.parallel == 'fsdp' else None
         name = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention'
         self.attention = f"{name}, {str(dtype).removeprefix('torch.')}"
 
-    # -- checkpoints
+    # -- what a checkpoint keeps
+
+    def state(self):
+        """All of a checkpoint but the carried states, which Checkpoints.save adds. Every process calls it."""
+        model = self.raw.state_dict()
+        if self.parallel == 'fsdp':
+            model = dict(self.raw.named_parameters(remove_duplicate=False))  # state_dict would make tied weights two
+        rows_to_reset = self.process.gather(np.flatnonzero(self.rows_to_reset).tolist()) or ()
+        return {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
+                'evaluated': self.evaluated,
+                'rows_to_reset': [row for rows in rows_to_reset for row in rows],
+                'tokenizer': self.data.tokenizer,
+                'model_config': dataclasses.asdict(self.config.model_config()),
+                'train_config': dataclasses.asdict(self.config),
+                'provenance': {'commit': self.commit, 'dataset': self.config.dataset, 'data': self.data.sha256,
+                               'torch': str(torch.__version__)},
+                'model': model, 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+
+    def restore(self):
+        """Go on from the newest checkpoint."""
+        rows = slice(self.micro_batches[0].start, self.micro_batches[-1].stop)
+        content, path = self.checkpoints.newest(self.tensor_like, rows)
+        checkpoint.same_model(content, self.config, path)
+        try:
+            model = self.raw.state_dict()
+            self.raw.load_state_dict({name: shard_like(model.get(name), x) for name, x in content['model'].items()})
+            self.restore_optimizer(content['optimizer'])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(content['scaler'])
+            self.step, self.best_val_loss = content['step'], content['best_val_loss']
+            self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
+            self.evaluated = content.get('evaluated', self.step)
+            self.rows_to_reset[content.get('rows_to_reset', [])] = True
+            then, data = content['train_config'], content['provenance']['data']
+            states = content['state'] if 'state' in content else content['states']
+            if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):
+                raise ValueError(f"step {self.step}, skips {self.skips}, best_step {self.best_step}")
+        except Exception as error:  # a file that is not ours may hold anything
+            raise UserError(f"{path}: cannot resume from it: {error_reason(error)}") from error
+        self.checkpoints.saved = path, self.step
+        if data != self.data.sha256:
+            raise UserError(f"{path} was trained on other data than what {self.data.folder} holds now")
+        if states and self.config.carry_state:
+            self.restore_states(states, then, path)
+
+    def tensor_like(self, name):
+        """The tensor that a part of a checkpoint is to be spread over the processes as; None: as a whole."""
+        _, kind, *rest = name.split('/')
+        if kind == 'state' or rest[-1] == 'step':
+            return None
+        return dict(self.raw.named_parameters())[rest[0]] if kind == 'model' else self.parameters()[int(rest[1])]
 
     def parameters(self):
         """The parameters in the order in which the optimizer numbers them."""
         return [p for group in self.optimizer.param_groups for p in group['params']]
 
-    def newest(self):
-        """-> the content of the newest checkpoint and its path; of one in shards, only this process's parts of it."""
-        folders, plain = checkpoint.numbered(self.config.out_dir, folders=True), checkpoint.step_of(self.path)
-        step = max(folders, default=-1)
-        if plain < 0 and os.path.exists(self.path):
-            checkpoint.load(self.path)  # says what is wrong with it
-        if self.process.any(self.process.sum(step, plain) != [step * self.process.world, plain * self.process.world])[0]:
-            raise UserError(f"the processes see checkpoints of different steps in {self.config.out_dir}; it must be a folder "
-                            "that all nodes share")
-        if step < 0 or plain > step or (plain == step and self.parallel != 'fsdp'):
-            return checkpoint.load(self.path), self.path
-        path, named, numbered = folders[step], dict(self.raw.named_parameters()), self.parameters()
+    def restore_optimizer(self, content):
+        groups = [then | {name: now[name] for name in ('weight_decay', 'betas', 'fused')}  # what the command says now
+                  for then, now in zip(content['param_groups'], self.optimizer.param_groups, strict=True)]
+        moments = {i: {name: shard_like(p, x) for name, x in content['state'][i].items()}
+                   for i, p in enumerate(self.parameters()) if i in content['state']}
+        self.optimizer.load_state_dict({'param_groups': groups, 'state': moments})
 
-        def like(place):
-            _, kind, *rest = place.split('/')
-            if self.parallel != 'fsdp' or kind == 'state' or rest[-1] == 'step':
-                return None
-            return named[rest[0]] if kind == 'model' else numbered[int(rest[1])]
-        return sharded.load(path, like, slice(self.pieces[0].start, self.pieces[-1].stop), self.process), path
-
-    def resume(self):
-        content, path = self.newest()
-        checkpoint.same_model(content, self.config, path)
-        try:
-            model = self.raw.state_dict()
-            self.raw.load_state_dict({k: placed_as(model.get(k), v) for k, v in content['model'].items()})
-            groups = [g | {k: asked[k] for k in ('weight_decay', 'betas', 'fused')}  # what the command says now, not then
-                      for g, asked in zip(content['optimizer']['param_groups'], self.optimizer.param_groups, strict=True)]
-            moments = {i: {k: placed_as(p, v) for k, v in content['optimizer']['state'][i].items()}
-                       for i, p in enumerate(self.parameters()) if i in content['optimizer']['state']}
-            self.optimizer.load_state_dict({'param_groups': groups, 'state': moments})
-            self.scaler.load_state_dict(content['scaler']) if self.scaler.is_enabled() else None
-            self.step, self.best_val_loss = content['step'], content['best_val_loss']
-            self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
-            self.evaluated = content.get('evaluated', self.step)
-            self.mended[content.get('mended', [])] = True
-            then, data = content['train_config'], content['provenance']['data']
-            state = content['state'] if 'state' in content else content['states']
-            if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):
-                raise ValueError(f"step {self.step}, skips {self.skips}, best_step {self.best_step}")
-        except Exception as error:  # anything may stand there
-            raise UserError(f"{path}: cannot resume from it: {checkpoint.reason(error)}") from None
-        self.saved = path, self.step
-        if data != self.data.sha256:
-            raise UserError(f"{path} was trained on other data than what {self.data.folder} holds now")
-        if state and self.config.carry_state:
-            self.resume_state(content, state, then, path)
-
-    def resume_state(self, content, state, then, path):
-        """Each row goes on with the state it had, on whichever process it now is."""
-        def reads(config):
+    def restore_states(self, states, then, path):
+        """Each row goes on with the state it had, on whichever process it now is. then: the options of that time."""
+        def which_rows(config):
             """What says which text a row reads."""
             return {'block_size': config.block_size, 'seed': config.seed,
                     'batch_size x gradient_accumulation_steps': config.batch_size * config.gradient_accumulation_steps,
                     'doc_reset, at multiples of': config.text_unit() if config.doc_reset else 0}
+        in_one_file, first, end = path == self.checkpoints.path, self.micro_batches[0].start, self.micro_batches[-1].stop
         try:
             known = {f.name for f in dataclasses.fields(TrainConfig)}
-            then = reads(TrainConfig(**{k: v for k, v in then.items() if k in known}))
-            differ = [f"{n}={then[n]} there, {now} asked for" for n, now in reads(self.config).items() if then[n] != now]
+            then = which_rows(TrainConfig(**{name: value for name, value in then.items() if name in known}))
+            differ = [f"{name}={then[name]} there, {now} asked for" for name, now in which_rows(self.config).items()
+                      if then[name] != now]
             if differ:
                 raise UserError(f"{path} carries the state of other rows: {', '.join(differ)}; give the values it was "
                                 "trained with, or carry_state=False")
-            state = checkpoint.unpack_state(state, 'cpu')
-            mine = self.pieces[-1].stop - self.pieces[0].start
-            if not checkpoint.fits(state, self.config.model_config(), self.rows if path == self.path else mine):
+            states = checkpoint.unpack_state(states, 'cpu')
+            if not checkpoint.fits(states, self.config.model_config(), self.rows if in_one_file else end - first):
                 raise ValueError("it is of another model, or damaged")
-            first = self.pieces[0].start if path != self.path else 0  # shards have given this process's rows alone
-            mine = [checkpoint.select_rows(state, slice(p.start - first, p.stop - first)) for p in self.pieces]
-            self.states = [uncounted(map_state(lambda x: x.to(self.device), s)) if p.stop > p.start else None
-                           for s, p in zip(mine, self.pieces, strict=True)]
+            offset = 0 if in_one_file else first  # shards have given this process's rows alone
+            for i, rows in enumerate(self.micro_batches):
+                if rows.stop > rows.start:
+                    mine = checkpoint.select_rows(states, slice(rows.start - offset, rows.stop - offset))
+                    self.states[i] = uncounted(map_state(lambda x: x.to(self.device), mine))
         except UserError:
             raise
-        except Exception as error:  # anything may stand there
-            raise UserError(f"{path}: cannot resume its carried state: {checkpoint.reason(error)}") from None
+        except Exception as error:  # a file that is not ours may hold anything
+            raise UserError(f"{path}: cannot resume its carried state: {error_reason(error)}") from error
 
     def save(self, best_loss=None):
         """
-        ckpt.pt, and best.pt if this step has the best loss yet; sharded, ckpt-STEP/, which goes on in the background. Every
-        process calls it, since each has its part of the carried state. Weights that are not finite are not saved.
+        A checkpoint of this step; best_loss: its validation loss, if that is the lowest yet. Every process calls it, since each
+        has its part of the carried states. Weights that are not finite are not saved.
         """
-        self.finish_saving()
-        best, there = best_loss is not None, self.saved and self.saved[1] == self.step
-        if there and not best and (self.saver or self.saved[0] == self.path):
+        self.checkpoints.finish()
+        if self.checkpoints.has(self.step) and best_loss is None:
             return
-        if self.process.any(not all(local(p.detach()).isfinite().all() for p in self.raw.parameters()))[0]:
+        if self.process.any(not all(local_shard(p.detach()).isfinite().all() for p in self.raw.parameters()))[0]:
             self.say(f"step {self.step}: not saved, since weights are not finite")
             return
-        if best:
+        if best_loss is not None:
             self.best_step, self.best_val_loss = self.step, best_loss
-        mended = self.process.gather(np.flatnonzero(self.mended).tolist()) or ()
-        states = [(rows, checkpoint.pack_state(s)) for rows, s in zip(self.pieces, self.states, strict=True) if s is not None]
-        content = {'step': self.step, 'best_val_loss': self.best_val_loss, 'best_step': self.best_step, 'skips': self.skips,
-                   'evaluated': self.evaluated,
-                   'mended': [row for rows in mended for row in rows], 'tokenizer': self.data.tokenizer,
-                   'model_config': dataclasses.asdict(self.config.model_config()),
-                   'train_config': dataclasses.asdict(self.config),
-                   'provenance': {'commit': self.commit, 'dataset': self.config.dataset, 'data': self.data.sha256,
-                                  'torch': str(torch.__version__)},
-                   'model': self.raw.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
-        config, best_step = self.config, self.best_step if self.config.keep_best else None
-        if self.saver:
-            content['model'] = dict(self.raw.named_parameters(remove_duplicate=False))  # state_dict would make tied weights two
-            self.saver.begin(content, states, config.keep_last, best_step)
-            return
-        parts = self.process.gather([s for _, s in states])
-        self.process.on_main(self.write, content, parts, best)
-        self.saved = self.path, self.step
-
-    def write(self, content, parts, best):
-        config, packed = self.config, [checkpoint.unpack_state(s, 'cpu') for part in parts or () for s in part]
-        content['state'] = checkpoint.pack_state(checkpoint.join_rows(packed)) if packed else None
-        copies = [os.path.join(config.out_dir, 'best.pt')] if best and config.keep_best else []  # first: what ckpt.pt says
-        copies += [checkpoint.name_at(config.out_dir, self.step) + '.pt'] if config.keep_last > 1 else []  # must be there
-        checkpoint.save(self.path, content, copies)
-        checkpoint.prune(config.out_dir, self.step, config.keep_last if config.keep_last > 1 else 0)
-
-    def finish_saving(self):
-        if self.saver and (step := self.saver.finish()) is not None:
-            self.saved = checkpoint.name_at(self.config.out_dir, step), step
+        states = [(rows, state) for rows, state in zip(self.micro_batches, self.states, strict=True) if state is not None]
+        self.checkpoints.save(self.state(), states, best_loss is not None)
 
     # -- batches; the rows of a step are the same however many processes share them
 
@@ -420,30 +371,31 @@ class Run:
         return tensor.to(self.device)
 
     def fresh_rows(self, rows):
-        """Which rows begin the step with a fresh memory: some drawn at random, and those that have to."""
-        draw = generator('rows that begin afresh', self.config.seed, self.step).random(self.rows) < self.config.reset_prob
-        return (draw | self.mended)[rows]
+        """Which rows begin the step with a fresh memory: some at random, and those that have to."""
+        chance = generator('rows that begin afresh', self.config.seed, self.step).random(self.rows)
+        return ((chance < self.config.reset_prob) | self.rows_to_reset)[rows]
 
-    def spans(self, batch, fresh=None, cut=0):
+    def spans(self, batch, fresh=None, span_len=0):
         """
-        A Batch in spans of at most `cut` tokens, on the device: x, y, weights, and {t: rows that begin a text there}. fresh:
-        rows that do so at the beginning, or None; with it every state knows which keys are of its text, be there one or none.
+        A Batch in spans of at most span_len tokens (0: in one), on the device: x, y, weights, and {t: rows that begin a text
+        there}. fresh: rows that do so at the beginning. If given, every state carries a key mask, even for rows that do not.
         """
         length, begins = batch.x.shape[1], {}
         if batch.begins is not None:
             begins = {t: batch.begins[:, t] for t in np.flatnonzero(batch.begins.any(0)).tolist()}
         if fresh is not None:
             begins[0] = begins.get(0, False) | fresh
-        for first in range(0, length, cut or length):
-            span = slice(first, first + (cut or length))
-            yield *(self.to_device(a if a is None else a[:, span]) for a in batch[:3]), {
-                t - first: self.to_device(rows) for t, rows in begins.items() if span.start <= t < span.stop}
+        for first in range(0, length, span_len or length):
+            span = slice(first, first + (span_len or length))
+            arrays = [None if array is None else self.to_device(array[:, span]) for array in batch[:3]]
+            yield *arrays, {t - first: self.to_device(rows) for t, rows in begins.items() if span.start <= t < span.stop}
 
-    def counting(self, batches):
+    def weight_by_targets(self, batches):
         """Batches whose documents leave gaps, weighted so that the step's loss is the mean over the targets there are."""
         if not self.config.doc_reset:
             return batches
-        count = sum(int((b.y >= 0).sum()) for b, rows in zip(batches, self.pieces, strict=True) if rows.stop > rows.start)
+        count = sum(int((batch.y >= 0).sum()) for batch, rows in zip(batches, self.micro_batches, strict=True)
+                    if rows.stop > rows.start)
         weight = self.rows * self.config.block_size / max(self.process.sum(count)[0], 1)
         return [b._replace(weights=np.full(b.x.shape, weight, np.float32)) for b in batches]
 
@@ -455,50 +407,23 @@ class Run:
         UserError, the weights as they were, after max_skips such steps in a row.
         """
         config = self.config
-        lr = get_lr(self.step, config)
         for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        noise = generator('dropout', config.seed, self.step, self.process.rank)
-        torch.manual_seed(int(noise.integers(2 ** 63)))  # dropout: a resumed run draws the same
-        with_memory = bool(config.memory_blocks())
-        total = torch.zeros((), device=self.device)
-        stats = torch.zeros(len(config.memory_blocks()), 5, device=self.device)  # theta, eta, alpha, |M|, |S|
-        price = torch.tensor((config.write_cost, 0.0, config.forget_cost), device=self.device)
-        price = price if with_memory and price.any() and self.step >= config.cost_from * config.max_iters else None
-        pieces = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.pieces]  # for none any, which will not count
-        batches, states = self.counting([self.batch(rows) for rows in pieces]), []
-        for micro, (rows, batch) in enumerate(zip(pieces, batches, strict=True)):
-            n, state = self.pieces[micro].stop - self.pieces[micro].start, self.states[micro]
-            spans = list(self.spans(batch, self.fresh_rows(rows) if config.carry_state else None, config.tbptt))
-            for i, (x, y, weights, begins) in enumerate(spans):
-                if self.parallel == 'ddp':  # gradients meet once, at the last backward
-                    self.model.require_backward_grad_sync = micro == len(self.pieces) - 1 and i == len(spans) - 1
-                with self.autocast:
-                    _, loss, state = self.model(x, y, state, config.update_memory, weights, begins)
-                # of the mean over all tokens; times the processes, since their gradients are averaged
-                share = x.size(1) / config.block_size * n / self.rows * self.process.world
-                loss = loss * share
-                wrote = self.raw.written(state) / x.size(1) * share if with_memory else None
-                total += loss.detach()
-                if with_memory:
-                    stats[:, :3] += wrote.detach()
-                if price is not None:
-                    loss = loss + wrote.mean(0) @ price
-                if self.parallel == 'ddp' and i:  # DDP wants every parameter in its last backward, M_0 was in the first
-                    loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
-                self.scaler.scale(loss).backward()
-                state = uncounted(detach_state(state))
-            if with_memory:
-                stats[:, 3:] += self.raw.norms(state) * n / self.rows * self.process.world
-            states.append(state if config.carry_state and n else None)
+            group['lr'] = get_lr(self.step, config)
+        dropout_seed = generator('dropout', config.seed, self.step, self.process.rank).integers(2 ** 63)
+        torch.manual_seed(int(dropout_seed))  # a resumed run drops the same
+        # an idle process reads one row with weight 0, so that all take the same number of steps
+        rows_read = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.micro_batches]
+        batches = self.weight_by_targets([self.batch(rows) for rows in rows_read])
+        totals = StepTotals(config, self.step, self.device)
+        self.states = [self.micro_step(i, rows, batch, totals)
+                       for i, (rows, batch) in enumerate(zip(rows_read, batches, strict=True))]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
-        if config.grad_clip and whole(norm).isfinite():  # else all gradients would be as bad as one
+        if config.grad_clip and gather_full(norm).isfinite():  # else all gradients would be as bad as one
             torch.nn.utils.clip_grads_with_norm_(self.raw.parameters(), config.grad_clip, norm)
-        norm = whole(norm).item()
-        loss, *stats = (n / self.process.world for n in self.process.sum(*torch.cat((total[None], stats.flatten())).tolist()))
-        memory = {name: stats[i::5] for i, name in enumerate(('theta', 'eta', 'alpha', '|M|', '|S|'))} if stats else {}
-        self.states, self.mended[:] = states, False  # the rows are read, whatever becomes of the step
+        norm = gather_full(norm).item()
+        loss, memory = totals.mean(self.process)
+        self.rows_to_reset[:] = False  # the rows are read, whatever becomes of the step
         if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.skips_in_a_row = 0
@@ -509,32 +434,49 @@ class Run:
         self.step += 1
         return loss, norm, memory
 
+    def micro_step(self, i, rows, batch, totals):
+        """Forward and backward of the i-th micro-batch, span by span. -> the state it leaves, if it is carried on"""
+        config, n, state = self.config, self.micro_batches[i].stop - self.micro_batches[i].start, self.states[i]
+        part = n / self.rows * self.process.world  # of the step's mean; times the processes, since gradients are averaged
+        spans = list(self.spans(batch, self.fresh_rows(rows) if config.carry_state else None, config.tbptt))
+        for j, (x, y, weights, begins) in enumerate(spans):
+            if self.parallel == 'ddp':  # gradients meet once, at the last backward
+                self.model.require_backward_grad_sync = i == len(self.micro_batches) - 1 and j == len(spans) - 1
+            with self.autocast:
+                _, loss, state = self.model(x, y, state, config.update_memory, weights, begins)
+            share = part * x.size(1) / config.block_size
+            loss = loss * share
+            totals.loss += loss.detach()
+            if totals.blocks:
+                loss = loss + totals.add_gates(self.raw.written(state) / x.size(1) * share)
+            if self.parallel == 'ddp' and j:  # DDP wants every parameter in its last backward, M_0 was in the first
+                loss = loss + 0 * sum(p.sum() for p in self.raw.parameters())
+            self.scaler.scale(loss).backward()
+            state = uncounted(detach_state(state))
+        if totals.blocks:
+            totals.memory[:, 3:] += self.raw.norms(state) * part
+        return state if config.carry_state and n else None
+
     def skip(self, loss, norm, memory):
         """Count a step that came to nothing; rows whose state is not finite begin afresh. UserError if it goes on and on."""
         self.skips, self.skips_in_a_row = self.skips + 1, self.skips_in_a_row + 1
         what, value = ('gradient', norm) if math.isfinite(loss) else ('loss', loss)
-        for i, (rows, state) in enumerate(zip(self.pieces, self.states, strict=True)):
+        for i, (rows, state) in enumerate(zip(self.micro_batches, self.states, strict=True)):
             if state is not None:
-                self.states[i], bad = mend(state)
-                self.mended[rows] |= bad
+                self.states[i], bad = zero_nonfinite(state)
+                self.rows_to_reset[rows] |= bad
         if self.skips_in_a_row < self.config.max_skips:
             self.say(f"step {self.step + 1}: the {what} became {value}; skipped, {self.skips_in_a_row} in a row, "
                      f"{self.skips} in all")
             return
-        self.finish_saving()
-        raise UserError(self.gone_wrong(what, value, memory))
+        self.checkpoints.finish()
+        saved = self.checkpoints.saved
+        kept = f"{saved[0]} keeps the last good one, step {saved[1]}" if saved else "nothing was saved yet"
+        raise UserError(f"the {what} became {value} at step {self.step + 1}, {self.skips_in_a_row} steps in a row; {kept}; "
+                        "try a lower learning_rate or memory_lr. "
+                        + not_finite(self.raw, self.config.memory_blocks(), memory))
 
-    def gone_wrong(self, what, value, memory):
-        params = list(self.raw.named_parameters())
-        bad = {kind: [name for name, x in found if x is not None and not whole(x.detach()).isfinite().all()]
-               for kind, found in (('weights', params), ('gradients', [(name, p.grad) for name, p in params]))}
-        where = '; '.join(f"{kind} not finite in {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
-                          for kind, names in bad.items() if names)
-        blocks = '; '.join(f"block {b}: " + ' '.join(f"{name} {values[i]:.3g}" for name, values in memory.items())
-                           for i, b in enumerate(self.config.memory_blocks()))
-        kept = "{} keeps the last good one, step {}".format(*self.saved) if self.saved else "nothing was saved yet"
-        return (f"the {what} became {value} at step {self.step + 1}, {self.skips_in_a_row} steps in a row; {kept}; try a lower "
-                f"learning_rate or memory_lr. {where}. {blocks}")
+    # -- evaluation
 
     @torch.no_grad()
     def evaluate(self):
@@ -543,36 +485,51 @@ class Run:
         on and on ('val_stream'). The batches are the same in every evaluation of every run, whatever its seed. None if a signal
         broke it off.
         """
-        config, losses, world, rank = self.config, {}, self.process.world, self.process.rank
+        losses = {}
         self.raw.eval()
-        for split in ('train', 'val', *(['val_stream'] if config.carry_state else [])):
-            total, count, state = 0.0, 0, None  # loss, and the targets it is of
-            # each process has every world-th batch or, of those that go on, some rows; all do as many steps
-            stream, mine = split == 'val_stream', slice(*(config.batch_size * r // world for r in (rank, rank + 1)))
-            for i in range(0, config.eval_iters, 1 if stream else world):
-                if self.process.any(self.signals.name)[0]:
-                    self.raw.train()
-                    return None
-                counts = mine.stop > mine.start if stream else i + rank < config.eval_iters
-                if stream:
-                    rows = mine if counts else slice(0, 1)
-                    batch = self.data.contiguous('val', config.batch_size, config.block_size, i, 1, rows)
-                else:
-                    rng = generator(f'{split} evaluation', i + rank)
-                    batch = self.data.random(split, config.batch_size, config.block_size, rng)
-                if config.doc_reset:
-                    batch = batch._replace(weights=np.ones(batch.x.shape, np.float32))
-                (x, y, weights, begins), = self.spans(batch)
-                with self.autocast:
-                    _, loss, after = self.raw(x, y, state, config.update_memory, weights, begins)
-                state = after if stream else None
-                if counts:
-                    total, count = total + loss.item() * y.numel(), count + (y >= 0).sum().item()
-            total, count = self.process.sum(total, count)
-            losses[split] = total / max(count, 1)
+        for split in ('train', 'val', *(['val_stream'] if self.config.carry_state else [])):
+            losses[split] = self.evaluate_split(split)
+            if losses[split] is None:
+                break
         self.raw.train()
+        if losses[split] is None:
+            return None
         self.evaluated = self.step
         return losses
+
+    def evaluate_split(self, split):
+        """-> the mean loss, or None if a signal broke it off"""
+        config, total, count, state = self.config, 0.0, 0, None
+        # each process has every world-th batch or, of those that go on, some rows; all do as many steps
+        on_and_on = split == 'val_stream'
+        for i in range(0, config.eval_iters, 1 if on_and_on else self.process.world):
+            if self.process.any(self.signals.name)[0]:
+                return None
+            batch, counts = self.stream_batch(i) if on_and_on else self.evaluation_batch(split, i + self.process.rank)
+            if config.doc_reset:
+                batch = batch._replace(weights=np.ones(batch.x.shape, np.float32))
+            (x, y, weights, begins), = self.spans(batch)
+            with self.autocast:
+                _, loss, after = self.raw(x, y, state, config.update_memory, weights, begins)
+            state = after if on_and_on else None
+            if counts:
+                total, count = total + loss.item() * y.numel(), count + (y >= 0).sum().item()
+        total, count = self.process.sum(total, count)
+        return total / max(count, 1)
+
+    def evaluation_batch(self, split, i):
+        """The i-th batch of a split, and whether it is one of those that count."""
+        config = self.config
+        batch = self.data.random(split, config.batch_size, config.block_size, generator(f'{split} evaluation', i))
+        return batch, i < config.eval_iters
+
+    def stream_batch(self, i):
+        """This process's rows of the i-th step through the validation text, and whether there are any."""
+        config, world, rank = self.config, self.process.world, self.process.rank
+        rows = slice(config.batch_size * rank // world, config.batch_size * (rank + 1) // world)
+        counts = rows.stop > rows.start
+        rows = rows if counts else slice(0, 1)
+        return self.data.contiguous('val', config.batch_size, config.block_size, i, 1, rows), counts
 
     # -- what the user sees
 
@@ -580,121 +537,96 @@ class Run:
         if self.process.main:
             print(text, flush=True)
 
+    def print_table(self):
+        for name, value in opening_table(self):
+            self.say(f"{name:<18} {value}")
+
     def log(self, text, **metrics):
         """One line for the eye, one for the tracker."""
         if self.process.main:
             print(f"step {self.step:>5}/{self.config.max_iters} | {text}", flush=True)
             self.tracker.log(self.step, metrics)
 
-    def prepare_folder(self):
-        """out_dir without what a killed run left half-written and, for a new run, without what one before has saved."""
-        if self.config.eval_only:
-            return
-        try:
-            os.makedirs(self.config.out_dir, exist_ok=True)
-            checkpoint.sweep(self.config.out_dir)
-            n = None if self.resumed else checkpoint.set_aside(self.config.out_dir)
-        except OSError as error:
-            raise UserError(f"cannot write {self.config.out_dir}: {error.strerror}") from None
-        if n:
-            print(f"what an earlier run left in {self.config.out_dir} is now in its folder earlier-{n}")
-
-    def table(self):
-        config = self.config
-        tokens = config.batch_size * config.block_size * config.gradient_accumulation_steps
-        size = 2 * sum(b.memory.initial.nbytes for b in self.raw.blocks if b.memory is not None)
-        heads = '' if 'n_head' in config.unused() else f"{config.n_head} heads, "
-        trained = sum(p.numel() for p in self.raw.parameters() if p.requires_grad)
-        rows = [('parameters', f"{self.size:,}  ({config.arch}, {config.n_layer} layers, {heads}{config.n_embd} wide)"
-                               + (f", of which {trained:,} are trained" if config.freeze_backbone else "")),
-                ('data', f"{config.dataset}, {self.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
-                ('tokens a step', f"{tokens:,}  ({config.batch_size} x {config.block_size}"
-                                  f" x {config.gradient_accumulation_steps})"),
-                ('device', f"{self.device}{', compiled' if config.compile else ''}"), ('attention', self.attention)]
-        if self.process.launched:
-            most = math.ceil(self.rows / self.process.world)
-            rows.append(('processes', f"{self.process.world}, {self.parallel}; each {most} of a step's {self.rows} rows, in "
-                                      f"{len(self.pieces)} micro-batches"))
-        if config.memory_blocks():
-            alpha, eta = config.memory_decay, config.memory_momentum
-            half = f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens" if 0 < alpha < 1 else 'never' if alpha == 0 else 'at once'
-            theta = config.memory_lr * min((1 - eta) / (1 + eta), 0.5)  # NeuralMemory.largest_step at the start
-            how = 'loop in C' if native.usable(next(self.raw.parameters())) and config.memory_depth == 1 else 'PyTorch'
-            learnt = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
-            rows += [('memory', f"{size:,} bytes a sequence (M and S), depth {config.memory_depth}, "
-                                f"{config.memory_heads} heads, "
-                                f"blocks {','.join(map(str, config.memory_blocks()))}"
-                                f"{'' if config.update_memory else ', frozen'}, computed by {how}"),
-                     ('gates', f"{config.memory_gates}; they start here {learnt}:"),
-                     ('  memory_lr', f"theta {theta:.3g} = {config.memory_lr:g} of the largest step"),
-                     ('  memory_momentum', f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'),
-                     ('  memory_decay', f"alpha {alpha:g} = half-life {half}")]
-        if config.ignored:
-            what = config.arch + ('' if config.memory_blocks() or config.arch == 'gpt' else ' without memory')
-            rows.append((f"not used by {what}", ', '.join(config.ignored)))
-        for name, value in rows:
-            self.say(f"{name:<18} {value}")
+    def log_step(self, loss, norm, memory, spent, speed):
+        """spent: seconds a step since the last log; speed: the same, smoothed."""
+        config, lr, tokens = self.config, get_lr(self.step - 1, self.config), self.rows * self.config.block_size
+        mean = {name: sum(values) / len(values) for name, values in memory.items()}
+        gates = "theta {theta:.4f} alpha {alpha:.6f} | ".format(**mean) if mean and config.update_memory else ""
+        skips = f"{self.skips} skipped | " if self.skips else ""
+        left = clock((config.max_iters - self.step) * speed)
+        self.log(f"loss {loss:.4f} | {gates}{skips}lr {lr:.1e} | {tokens / spent:,.0f} tok/s | {spent * 1000:.0f} ms/iter | "
+                 f"{left} left",
+                 loss=loss, lr=lr, grad_norm=norm, skips=self.skips, memory=memory, tokens_per_s=tokens / spent)
 
     # -- the run
 
+    def evaluate_and_save(self):
+        losses = self.evaluate()
+        if losses:
+            best = self.step > 0 and losses['val'] < self.best_val_loss
+            self.log(' | '.join(f"{split} loss {v:.4f}" for split, v in losses.items()) + (' | best' if best else ''),
+                     **{f"{split}_loss": v for split, v in losses.items()})
+            if self.step:
+                self.save(losses['val'] if best else None)
+
+    def evaluate_only(self):
+        """-> exit status"""
+        losses = self.evaluate()
+        if losses:
+            self.say(' | '.join(f"{split} loss {v:.4f}" for split, v in losses.items()))
+            return 0
+        self.say(f"stopped by {self.stopped_by()}, not evaluated")
+        return 130
+
+    def stopped_by(self):
+        return self.signals.name or 'another process'
+
+    def stop(self):
+        """After a signal: save, and say how to go on. -> exit status"""
+        self.save()
+        self.checkpoints.finish()
+        saved = self.checkpoints.saved and self.checkpoints.saved[1] == self.step
+        command = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from')), '--init_from=resume'])
+        launcher = 'torchrun ...' if self.process.launched else 'python'
+        self.say(f"stopped by {self.stopped_by()} after step {self.step}, {'saved' if saved else 'not saved'}; "
+                 f"go on with: {launcher} {command}")
+        return 130 if self.signals.name == 'SIGINT' else 0  # the others are a scheduler's, and no failure
+
     def loop(self):
+        """-> exit status"""
         config = self.config
         since, steps, speed = time.time(), 0, None
-        tokens = self.rows * config.block_size
-        resume = shlex.join([*(a for a in sys.argv if not a.startswith('--init_from')), '--init_from=resume'])
-        resume = f"{'torchrun ...' if self.process.launched else 'python'} {resume}"
         while True:
             last = self.step >= config.max_iters
-            due = (self.step % config.eval_interval == 0 and self.step != self.evaluated) or last or config.eval_only
-            began, losses = time.time(), self.evaluate() if due else None
-            if config.eval_only:
-                self.say(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) if losses else
-                         f"stopped by {self.signals.name or 'another process'}, not evaluated")
-                return 0 if losses else 130
-            if losses:
-                best = self.step > 0 and losses['val'] < self.best_val_loss
-                self.log(' | '.join(f"{k} loss {v:.4f}" for k, v in losses.items()) + (' | best' if best else ''),
-                         **{f"{k}_loss": v for k, v in losses.items()})
-                if self.step:
-                    self.save(losses['val'] if best else None)
+            if last or (self.step % config.eval_interval == 0 and self.step != self.evaluated):
+                began = time.time()
+                self.evaluate_and_save()
                 since += time.time() - began
-            stop, busy = self.process.any(self.signals.name, self.saver is not None and self.saver.busy)
-            if stop:
-                self.save()
-            if stop or last or not busy:
-                self.finish_saving()
-            if stop:
-                saved = 'saved' if self.saved and self.saved[1] == self.step else 'not saved'
-                self.say(f"stopped by {self.signals.name or 'another process'} after step {self.step}, {saved}; "
-                         f"go on with: {resume}")
-                return 130 if self.signals.name == 'SIGINT' else 0  # the others are a scheduler's, and no failure
+            stopped, busy = self.process.any(self.signals.name, self.checkpoints.busy)
+            if stopped:
+                return self.stop()
+            if last or not busy:
+                self.checkpoints.finish()
             if last:
-                if self.saver and self.saved and self.saved[0] != self.path and self.process.main:
-                    sharded.to_plain(config.out_dir, self.saved[1])
+                self.checkpoints.to_one_file()
                 return 0
             loss, norm, memory = self.train_step()
             steps += 1
             if self.step % config.log_interval == 0:
                 spent = (time.time() - since) / steps
                 speed = spent if speed is None else 0.7 * speed + 0.3 * spent
-                mean = {name: sum(values) / len(values) for name, values in memory.items()}
-                gates = "theta {theta:.4f} alpha {alpha:.6f} | ".format(**mean) if mean and config.update_memory else ""
-                skips = f"{self.skips} skipped | " if self.skips else ""
-                lr, left = get_lr(self.step - 1, config), clock((config.max_iters - self.step) * speed)
-                self.log(f"loss {loss:.4f} | {gates}{skips}lr {lr:.1e} | {tokens / spent:,.0f} tok/s | "
-                         f"{spent * 1000:.0f} ms/iter | {left} left", loss=loss, lr=lr, grad_norm=norm, skips=self.skips,
-                         memory=memory, tokens_per_s=tokens / spent)
+                self.log_step(loss, norm, memory, spent, speed)
                 since, steps = time.time(), 0
 
 
 def train(config):
     """Run a TrainConfig to its end. -> exit status: 0, or 130 after Ctrl-C; a signal saves before it ends the run."""
-    this = Run(config)
-    with this.tracker, this.signals:
+    this_run = Run(config)
+    with this_run.tracker, this_run.signals:
         if not config.eval_only:
-            this.process.on_main(this.tracker.open, this.step if this.resumed else None)
-        this.table()
-        return this.loop()
+            this_run.process.on_main(this_run.tracker.open, this_run.step if this_run.resumed else None)
+        this_run.print_table()
+        return this_run.evaluate_only() if config.eval_only else this_run.loop()
 
 
 def main(argv):

@@ -1,5 +1,5 @@
 """
-A GPT-2 that was trained here, for transformers, or to give it a memory: the inverse of gpt2.put_into.
+A GPT-2 that was trained here, for transformers, or to give it a memory: the inverse of pretrained.load_pretrained.
 
     python train.py config/stdlib_cpu.py --arch=gpt --backbone=gpt2 --bias --out_dir=out/gpt2_small
     python examples/gpt2_to_transformers.py out/gpt2_small
@@ -10,10 +10,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import checkpoint
-import configurator
-import gpt2
-from configurator import UserError
+from nanotitans import checkpoint, configurator
+from nanotitans.configurator import UserError
+from nanotitans.pretrained import hf_name, is_transposed_in_hf
 
 
 def main(argv):
@@ -22,16 +21,16 @@ def main(argv):
     try:
         import transformers
     except ImportError:
-        raise UserError("this needs transformers: pip install 'nanotitans[transformers]'") from None
+        raise UserError("this needs transformers: pip install -e '.[transformers]'") from None
     path = os.path.join(argv[0], 'ckpt.pt')
     model = checkpoint.build(checkpoint.load(path), path)
     c = model.config
     if (c.backbone, c.arch) != ('gpt2', 'gpt'):
         raise UserError(f"{path}: backbone={c.backbone}, arch={c.arch}; only a gpt2 without memory is a GPT-2")
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.stretch(), n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        vocab_size=c.vocab_size, n_positions=c.attention_span(), n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         tie_word_embeddings=c.tie_weights, bos_token_id=0, eos_token_id=0))
-    weights = {gpt2.name_there(name): p.mT if gpt2.is_turned(name, p) else p for name, p in model.backbone().items()}
+    weights = {hf_name(name): p.mT if is_transposed_in_hf(name, p) else p for name, p in model.backbone().items()}
     theirs.load_state_dict({name: p.contiguous() for name, p in weights.items()}, strict=False)
     try:
         theirs.save_pretrained(argv[0])

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-import parallel
 import train
+from nanotitans import parallel
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ['PYTHONPATH'] = os.pathsep.join([HERE, os.path.join(HERE, 'tests'), os.environ.get('PYTHONPATH', '')])
@@ -22,7 +22,14 @@ server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['processes', 'pytest', 'torch._dynamo'])  # what an optimizer imports, too
 
 
+def hear_signals():
+    """In a process that has just started: what runs the tests, such as nohup, may have had signals ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def work(config, environment, path):
+    hear_signals()
     os.environ |= environment
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -48,7 +55,7 @@ def start(config, world=0):
     return started
 
 
-def finish(started, seconds=120):
+def finish(started, seconds=600):
     """-> their exit statuses; whatever still runs by then is killed."""
     end = time.monotonic() + seconds
     for process in started:

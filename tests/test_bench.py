@@ -4,10 +4,11 @@ import json
 import pytest
 
 import bench
-from configurator import UserError
 from model import TitansConfig
+from nanotitans.configurator import UserError
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, capsys):
     """All measurements of two models; the FLOPs of the Transformer's forward pass are those on paper."""
     options = ['--models=gpt,lmm-2', '--sizes=2x64', '--repeats=1', '--measure=train,forward,memory,stream', '--stream=4096']
@@ -31,7 +32,7 @@ def test_a_run(tmp_path, capsys):
 @pytest.mark.parametrize('option, message', [
     ('--models=gpt,mca', "arch='mca' is not one of"), ('--models=mac-7', "'mac-7' is no model"),
     ('--sizes=512', 'rows x tokens'), ('--sizes=2x3x4', 'rows x tokens'), ('--measure=speed', "'speed' is not one of"),
-    ('--repeats=0', 'at least 1'), ('--threads=-1', 'at least 0'),
+    ('--repeats=0', 'at least 1'), ('--threads=-1', r'in \[0, 1024\]'),
     ('--models=gpt-2', "'gpt-2' is no model"), ('--models=mac+compile', 'goes with train and forward alone'),
     ('--peer=titans-pytorch', 'pip install titans-pytorch'), ('--shape=L', 'shape must be one of')])
 def test_wrong_input(option, message):

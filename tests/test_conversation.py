@@ -10,20 +10,20 @@ import sys
 import types
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_cli import TEXT, TINY, refused
 
-import checkpoint
-import configurator
-import interactive
-import memory_file
 import prepare
 import sample
 import train
-from configurator import UserError
-from dataset import Tokenizer
-from sample import Conversation, SampleConfig, until
+from nanotitans import checkpoint, configurator, conversation, memory_file
+from nanotitans.configurator import UserError
+from nanotitans.conversation import Conversation
+from nanotitans.reader import Reader, until_stop
+from nanotitans.tokenizer import Tokenizer
+from sample import SampleConfig
 
 HERE = Path(__file__).resolve().parent.parent
 MEM = '--memory=me.mem'
@@ -241,12 +241,12 @@ def test_a_memory_is_private_and_stays_in_its_place(here, monkeypatch):
 
 def test_what_was_typed_is_private(tmp_path, monkeypatch):
     pytest.importorskip('readline')
-    monkeypatch.setattr(interactive, 'HISTORY', str(tmp_path / 'history'))
+    monkeypatch.setattr(conversation, 'HISTORY', str(tmp_path / 'history'))
     monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(isatty=lambda: True))
     (tmp_path / 'history').write_text('')
     for _ in range(2):
         (tmp_path / 'history').chmod(0o644)
-        with interactive.history():
+        with conversation.history():
             pass
         assert (tmp_path / 'history').stat().st_mode & 0o777 == 0o600
 
@@ -334,7 +334,7 @@ def test_an_interrupted_answer_is_remembered(here):
 
 def test_an_interrupted_reading_is_remembered(here, monkeypatch):
     """Broken off in the middle of a long text: what was read by then can be loaded, and nothing of the rest comes after it."""
-    conversation, read = talk(), sample.Reader.read
+    conversation, read = talk(), Reader.read
     heard = conversation.reader.encode(TEXT[:100])
     pieces = iter(range(3))
 
@@ -343,7 +343,7 @@ def test_an_interrupted_reading_is_remembered(here, monkeypatch):
             raise KeyboardInterrupt
         return read(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(sample.Reader, 'read', twice)
+        patch.setattr(Reader, 'read', twice)
         with pytest.raises(KeyboardInterrupt):
             conversation.hear(heard)
     block = conversation.model.config.block_size
@@ -374,7 +374,8 @@ def test_signals_that_come_together(here):
 def test_a_signal_saves(here, number):
     """In the middle of a long answer: the memory of all until then is there, and can be loaded."""
     command = [sys.executable, str(HERE / 'sample.py'), '--out_dir=mac', '--device=cpu', MEM, '--prompt=def']
-    process = subprocess.Popen([*command, '--max_new_tokens=99999'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, '--max_new_tokens=99999'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=processes.hear_signals)
     process.stdout.read(20)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -529,7 +530,7 @@ def test_what_a_file_says_cannot_steer_the_terminal(here, monkeypatch, capsys):
     checkpoint.save('bad.pt', content | {'tokenizer': {'kind': HOSTILE}})
     assert r"\x1b[2J\x9b1m\u202e" in (err := converse(monkeypatch, capsys, '/load a.mem').err) and '\x1b' not in err
     with pytest.raises(SystemExit):
-        configurator.run(lambda argv: sample.Reader('bad.pt', 'cpu', 'auto'))
+        configurator.run(lambda argv: Reader('bad.pt', 'cpu', 'auto'))
     err = capsys.readouterr().err
     assert r"\x1b[2J\x9b1m\u202e\u2066\x00\x7f\tb\r\n" in err and err.count('\n') == 1 and not set(err) & set('\x1b\x9b\u202e')
 
@@ -539,13 +540,13 @@ def test_what_a_file_says_cannot_steer_the_terminal(here, monkeypatch, capsys):
     (['aab'], ['ab'], 'a'), (['a', 'a', 'a', 'b', 'c'], ['aab'], 'a'), (['ab'], ['abc'], 'ab'), (['x'], ['x'], ''),
 ])
 def test_until(texts, stops, want):
-    assert ''.join(until(iter(texts), stops)) == want
+    assert ''.join(until_stop(iter(texts), stops)) == want
 
 
 def test_until_streams():
     """Text that cannot be part of a stop is passed on at once, and nothing is asked for after one."""
     asked = []
-    stream = until((asked.append(t) or t for t in 'abcdef'), ['cd'])
+    stream = until_stop((asked.append(t) or t for t in 'abcdef'), ['cd'])
     assert next(stream) == 'a' and asked == ['a']
     assert ''.join(stream) == 'b' and asked == list('abcd')
 

@@ -12,8 +12,9 @@ from processes import HERE
 from test_cli import needs_gpt2
 
 import prepare
-from configurator import UserError
-from dataset import Dataset, Tokenizer, Writer
+from nanotitans.configurator import UserError
+from nanotitans.dataset import Dataset, Writer
+from nanotitans.tokenizer import Tokenizer
 
 
 @pytest.fixture()
@@ -28,6 +29,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 @needs_gpt2
+@pytest.mark.slow
 def test_a_corpus_goes_on_where_it_was_killed(corpus):
     """kill -9 once the first shard is done: the same files to the byte; every document once, in order, or in validation."""
     pytest.importorskip('datasets')

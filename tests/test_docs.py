@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import tomllib
+import typing
 from pathlib import Path
 from unittest import mock
 
@@ -14,15 +15,16 @@ import pytest
 import torch
 from test_cli import TEXT, TINY
 
-import configurator
 import model
 import prepare
 import train
+from nanotitans import configurator
 
 HERE = Path(__file__).resolve().parent.parent
 README = HERE / 'README.md'
-PAGES = [README, *sorted(HERE.glob('docs/*.md'))]
-SCRIPTS = [p for p in sorted([*HERE.glob('*.py'), *HERE.glob('examples/*.py')]) if ast.get_docstring(ast.parse(p.read_text()))]
+PAGES = [README, HERE / 'CONTRIBUTING.md', HERE / 'CHANGELOG.md', *sorted(HERE.glob('docs/**/*.md'))]
+MODULES = sorted(path for folder in ('.', 'nanotitans', 'examples') for path in HERE.glob(f'{folder}/*.py'))
+SCRIPTS = [p for p in MODULES if ast.get_docstring(ast.parse(p.read_text()))]
 ADD = {'train.py': TINY, 'eval_context.py': ['--length=1024'], 'sample.py': ['--max_new_tokens=5']}  # what makes them quick
 
 
@@ -90,12 +92,15 @@ def accept(script, args):
 
 def check(path):
     """AssertionError, naming the command, for the first that would be refused."""
-    targets = re.findall(r'^([\w-]+):', (HERE / 'Makefile').read_text(), re.M)
+    makefile = (HERE / 'Makefile').read_text()
+    targets = re.findall(r'^([\w-]+):', makefile, re.M) + re.search(r'^EXPERIMENTS = (.*)', makefile, re.M)[1].split()
     extras = tomllib.loads((HERE / 'pyproject.toml').read_text())['project']['optional-dependencies']
     for program, *args in shown(path):
         script = next((i for i, word in enumerate(args) if word.endswith('.py')), None)
         try:
-            if program in ('python', 'torchrun') and script is not None:
+            if program == 'python' and args[0] == '-m' and args[1].startswith('nanotitans'):
+                assert (HERE / (args[1].replace('.', '/') + '.py')).is_file(), "no such module"
+            elif program in ('python', 'torchrun') and script is not None:
                 accept(args[script], args[script + 1:])
             elif program == 'make':
                 assert {a for a in args if '=' not in a} <= set(targets), "no such target"
@@ -117,7 +122,7 @@ def test_every_command_would_be_accepted(monkeypatch):
     ('make demo && python sample.py --top_k=many  # why not', 'top_k must be a value of type int'),
     ('python none.py', 'no such script'), ('python plot.py --x=miles out/a | head', 'x must be one of'),
     ('python prepare.py nothing --check', 'no such corpus'), ('make all', 'no such target'),
-    ("pip install 'nanotitans[plots,all]'", 'no such extra'), ('python examples/long_stream.py --fast', 'takes no options'),
+    ("pip install -e '.[plots,all]'", 'no such extra'), ('python examples/long_stream.py --fast', 'takes no options'),
     ('python train.py config/stdlib_cpu.py \\\n  --n_layers=N', "unknown option 'n_layers'")])
 def test_a_wrong_command_is_found(tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(HERE)
@@ -142,7 +147,34 @@ def test_every_link_leads_somewhere():
             assert there.exists(), f"{name(path)}: {target}"
             assert not anchor or anchor in anchors(there), f"{name(path)}: {target}"
         for file in re.findall(r'`((?:\w+/)*\w+\.py)`', text):
-            assert any((base / file).exists() for base in (HERE, HERE / 'tests', HERE / 'examples')), f"{name(path)}: {file}"
+            assert any((base / file).exists() for base in (HERE, HERE / 'tests', HERE / 'examples', HERE / 'nanotitans')), f"{name(path)}: {file}"
+
+
+NAMESPACES = {name: importlib.import_module(module) for name, module in (
+    *((m, m) for m in ('model', 'memory', 'gpt2', 'train')), ('kernels', 'nanotitans.kernels'), ('deep', 'nanotitans.deep'))}
+
+
+def resolves(name):
+    """Whether a dotted name is one of the code's, from one of its modules or a class in one of them."""
+    first, *rest = name.split('.')
+    starts = [getattr(m, first) for m in NAMESPACES.values() if hasattr(m, first)]
+    for start in [NAMESPACES[first]] if first in NAMESPACES else starts:
+        for part in rest:
+            start = getattr(start, part, None) or getattr(start, '__annotations__', {}).get(part)
+        if start is not None:
+            return True
+    return False
+
+
+@pytest.mark.parametrize('page', ['equations', 'memory-rules', 'how-memory-works'])
+def test_every_name_is_in_the_code(page):
+    text = outside(HERE / 'docs' / f'{page}.md')
+    options = {name for c in (train.TrainConfig, model.TitansConfig) for name in typing.get_type_hints(c)}
+    choices = {choice for hint in typing.get_type_hints(train.TrainConfig).values() for choice in typing.get_args(hint)}
+    methods = {name for m in NAMESPACES.values() for c in vars(m).values() if isinstance(c, type) for name in vars(c)}
+    names = set(re.findall(r'`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*?\)|=\w+)?`', text)) - options - choices - methods
+    assert not [name for name in sorted(names) if not name.endswith(('.py', '.c', '.md', '.pt')) and not resolves(name)]
+    assert not resolves('NeuralMemory.chunk') and not resolves('kernels.fold')
 
 
 def test_every_file_is_in_the_readme():

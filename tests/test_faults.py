@@ -10,13 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import same, tiny
 from processes import HERE, curve, finish, kill, log, run, said, start
-from test_train import data_dir, same, tiny  # noqa: F401 (a fixture)
 
-import checkpoint
-import sharded
 import train
-from configurator import UserError
+from nanotitans import checkpoint, sharded
+from nanotitans.configurator import UserError
 
 
 def without_speed(rows):
@@ -33,7 +32,8 @@ def begun(config, started, seconds=60):
 
 
 @pytest.mark.parametrize('world, parallel, kills', [(0, 'auto', 12), (2, 'ddp', 3), (2, 'fsdp', 3)])
-def test_killed_again_and_again(data_dir, tmp_path, world, parallel, kills):  # noqa: F811
+@pytest.mark.slow
+def test_killed_again_and_again(data_dir, tmp_path, world, parallel, kills):
     """
     kill -9 at random instants of a run that saves at every step, each time taken up again: it ends as the undisturbed run, log
     and checkpoint, to the bit, or of two processes (whose sums have no fixed order) to 1e-6. Nothing half-written stays.
@@ -64,7 +64,8 @@ def test_killed_again_and_again(data_dir, tmp_path, world, parallel, kills):  # 
     assert sorted(os.listdir(config.out_dir)) == sorted(os.listdir(whole.out_dir))
 
 
-def test_torchrun_starts_again_what_died(data_dir, tmp_path):  # noqa: F811
+@pytest.mark.slow
+def test_torchrun_starts_again_what_died(data_dir, tmp_path):
     """A process of two is killed in the middle; torchrun's elastic restart brings the run to the same losses."""
     options = {'carry_state': True, 'gradient_accumulation_steps': 2, 'max_iters': 12}
     whole = tiny(data_dir, out_dir=str(tmp_path / 'whole'), **options)
@@ -72,7 +73,9 @@ def test_torchrun_starts_again_what_died(data_dir, tmp_path):  # noqa: F811
     config = tiny(data_dir, out_dir=str(tmp_path / 'restarted'), init_from='auto', **options)
     script = tmp_path / 'dies.py'
     script.write_text(f"""
-import os, signal, sys
+import os
+import signal
+import sys
 sys.path.insert(0, {HERE!r})
 import train
 step = train.Run.train_step
@@ -95,7 +98,7 @@ train.run(train.main)
 
 
 @pytest.mark.parametrize('number, world, status', [(signal.SIGTERM, 0, 0), (signal.SIGUSR1, 2, 0), (signal.SIGINT, 0, 130)])
-def test_a_signal_saves_and_ends_the_run(data_dir, tmp_path, number, world, status):  # noqa: F811
+def test_a_signal_saves_and_ends_the_run(data_dir, tmp_path, number, world, status):
     """A scheduler's signals, to one process or all of them, more than once; Ctrl-C tells the shell that it was one."""
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=10 ** 6, eval_interval=10 ** 6,
                   parallel='fsdp' if world else 'auto', gradient_accumulation_steps=2)
@@ -126,7 +129,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize('world', [0, 1])
-def test_a_full_disk_is_one_line_and_costs_nothing(data_dir, small_disk, world):  # noqa: F811
+def test_a_full_disk_is_one_line_and_costs_nothing(data_dir, small_disk, world):
     """The second checkpoint does not fit: the first stays whole, nothing of the second is left, and room lets it go on."""
     options = {'parallel': 'fsdp' if world else 'auto', 'keep_best': False, 'eval_interval': 2, 'learning_rate': 1e-3}
     first, config = (tiny(data_dir, out_dir=str(small_disk / 'out'), max_iters=n, init_from='auto', **options) for n in (2, 4))
@@ -169,7 +172,7 @@ def refusals(path, count, load):
     return lines
 
 
-def test_damaged_checkpoints_are_refused_or_whole(data_dir, tmp_path):  # noqa: F811
+def test_damaged_checkpoints_are_refused_or_whole(data_dir, tmp_path):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), carry_state=True, max_iters=2, keep_last=2, eval_interval=1)
     run(config)
     path = os.path.join(config.out_dir, 'ckpt.pt')
@@ -177,7 +180,7 @@ def test_damaged_checkpoints_are_refused_or_whole(data_dir, tmp_path):  # noqa: 
     assert len(lines) > 80 and all(path in line and 'ckpt-00000001.pt: copy it' in line for line in lines)
 
 
-def test_damaged_shards_are_refused_or_whole(data_dir, tmp_path):  # noqa: F811
+def test_damaged_shards_are_refused_or_whole(data_dir, tmp_path):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), carry_state=True, max_iters=2, parallel='fsdp')
     run(config, 2)
     folder, = checkpoint.numbered(config.out_dir, folders=True).values()
@@ -196,7 +199,7 @@ class Evil:
         return os.mkdir, (os.path.join(os.environ['EVIL'], 'done'),)
 
 
-def test_files_from_others_are_data(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_files_from_others_are_data(data_dir, tmp_path, monkeypatch):
     """A checkpoint, or an index of shards, that would run code when unpickled is refused, and has run nothing."""
     import pickle
     monkeypatch.setenv('EVIL', str(tmp_path))
@@ -264,7 +267,7 @@ def test_only_what_a_run_leaves_is_swept(tmp_path):
     assert sorted(os.listdir(tmp_path / 'ckpt-00000007.partial')) == ['__0_0.distcp', 'notes.txt']
 
 
-def test_an_unfinished_write_is_swept_and_an_older_run_set_aside(data_dir, tmp_path):  # noqa: F811
+def test_an_unfinished_write_is_swept_and_an_older_run_set_aside(data_dir, tmp_path):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=3, eval_interval=1, keep_last=2)
     assert train.train(config) == 0
     (tmp_path / 'out' / 'ckpt-00000009.partial').mkdir()

@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import TEXT, TINY
-from test_train import same
 
-import checkpoint
-import configurator
 import eval_needle
-import memory_file
 import plot
 import prepare
 import sample
 import train
-from configurator import UserError
-from dataset import Dataset
+from nanotitans import checkpoint, configurator, memory_file
+from nanotitans.configurator import UserError
+from nanotitans.dataset import Dataset
 
 NAMES = st.sampled_from(sorted(vars(train.TrainConfig())))
 PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-3, 10 ** 9), st.floats(), st.text(max_size=8), st.just([]),

@@ -8,16 +8,18 @@ import sys
 import processes
 import pytest
 import torch
-from test_model import all_logits, tensors
+from helpers import tensors
+from test_model import all_logits
 
-import checkpoint
 import gpt2
 import prepare
 import sample
 import train
-from configurator import UserError
 from gpt2 import TitansGPT2
 from model import TitansConfig
+from nanotitans import checkpoint, pretrained
+from nanotitans.configurator import UserError
+from nanotitans.conversation import Conversation
 
 transformers = pytest.importorskip('transformers', reason="transformers is not installed")
 
@@ -48,10 +50,10 @@ def folder(tmp_path_factory):
 
 
 def build(folder, variant, shake=0.0, dtype=torch.float32):
-    found = gpt2.fetch(folder)
+    found = pretrained.fetch_gpt2(folder)
     torch.manual_seed(1)
-    model = TitansGPT2(TitansConfig(**SMALL | VARIANTS[variant] | gpt2.shape(found)))
-    gpt2.put_into(model, found, folder)
+    model = TitansGPT2(TitansConfig(**SMALL | VARIANTS[variant] | pretrained.shape_options(found)))
+    pretrained.load_pretrained(model, found, folder)
     model = model.to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -186,7 +188,7 @@ def test_sizes_that_the_defaults_do_not_fit(place):
 def test_its_memory_stays(folder, place):
     """A conversation with GPT-2, kept and gone on with across stretches: as if never broken off, to the bit."""
     assert trainer(folder, '--max_iters=2') == 0
-    whole, part = (sample.Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu')) for _ in range(2))
+    whole, part = (Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu')) for _ in range(2))
     for text in 'def f1(x):', '\n', '    return x + 1\n' * 3:
         answers = []
         for conversation in whole, part:
@@ -195,7 +197,7 @@ def test_its_memory_stays(folder, place):
             answers.append(list(conversation.tokens()))
         assert answers[0] == answers[1]
         part.save('me.mem')
-        part = sample.Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu'))
+        part = Conversation(sample.SampleConfig(max_new_tokens=9, device='cpu'))
         part.load('me.mem')
     assert part.state.pos > 3 * STRETCH and all(map(torch.equal, tensors(part.state), tensors(whole.state)))
 
@@ -207,12 +209,12 @@ def test_there_and_back(place):
     example = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples', 'gpt2_to_transformers.py')
     done = subprocess.run([sys.executable, example, 'out'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model, found = checkpoint.build(checkpoint.load('out/ckpt.pt'), 'out').eval(), gpt2.fetch('out')
+    model, found = checkpoint.build(checkpoint.load('out/ckpt.pt'), 'out').eval(), pretrained.fetch_gpt2('out')
     idx = tokens(2, STRETCH)
     with torch.no_grad():
         torch.testing.assert_close(found.eval()(idx).logits, all_logits(model, idx), atol=1e-4, rtol=0)
-    again = TitansGPT2(TitansConfig(**SMALL | {'arch': 'gpt'} | gpt2.shape(found)))
-    gpt2.put_into(again, found, 'out')
+    again = TitansGPT2(TitansConfig(**SMALL | {'arch': 'gpt'} | pretrained.shape_options(found)))
+    pretrained.load_pretrained(again, found, 'out')
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     done = subprocess.run([sys.executable, example, 'none'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
@@ -222,13 +224,13 @@ def test_foreign_code_is_not_run(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'mine', 'auto_map': {'AutoConfig': 'x.Config'}}))
     (tmp_path / 'x.py').write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match='no weights of GPT-2'):
-        gpt2.fetch(str(tmp_path))
+        pretrained.fetch_gpt2(str(tmp_path))
     assert not (tmp_path / 'ran').exists()
 
 
 def test_a_damaged_shape_is_none():
-    for config in {'backbone': 'gpt2'}, {'backbone': 'titans'}, {}, dict.fromkeys(gpt2.SHAPE, 'gpt2'):
-        assert gpt2.shape_there(config) == {}
+    for config in {'backbone': 'gpt2'}, {'backbone': 'titans'}, {}, dict.fromkeys(pretrained.SHAPE, 'gpt2'):
+        assert pretrained.shape_from_config(config) == {}
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -269,7 +271,7 @@ def test_a_folder_without_gpt2(folder, place, damage):
         told = json.loads(config.read_text())
         config.write_text(json.dumps(told | ({'n_layer': 3} if damage == 'another model' else {'model_type': 'llama'})))
     with pytest.raises(UserError) as error:
-        gpt2.fetch(str(copy))
+        pretrained.fetch_gpt2(str(copy))
     assert str(copy) in str(error.value) and 'model.safetensors' in str(error.value) and '\n' not in str(error.value)
 
 
@@ -279,9 +281,10 @@ def test_without_a_network(monkeypatch):
         raise OSError("no\nnetwork")
     monkeypatch.setattr('transformers.AutoConfig.from_pretrained', fail)
     with pytest.raises(UserError, match="init_from='gpt2'.*no network.*connect once, or give a folder"):
-        gpt2.fetch('gpt2')
+        pretrained.fetch_gpt2('gpt2')
 
 
+@pytest.mark.slow
 def test_frozen_over_processes(folder, place):
     """Two processes with FSDP: the losses of one, and the shards go on with everything trained, GPT-2's size from them."""
     options = {'dataset': 'text', 'device': 'cpu', 'batch_size': 2, 'eval_iters': 2, 'eval_interval': 2, 'log_interval': 1,

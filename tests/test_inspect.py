@@ -11,11 +11,11 @@ import pytest
 import torch
 from reference import mlp, recurrence
 
-import checkpoint
 import inspect_memory
-from configurator import UserError
 from model import TitansConfig, TitansGPT
-from recorder import TOKEN, record
+from nanotitans import checkpoint
+from nanotitans.configurator import UserError
+from nanotitans.recorder import TOKEN, record
 
 SEGMENT, LENGTHS = 8, (5, 1, 10, 5)  # calls that end inside a segment, and with one
 HOSTILE = ('def f(x):\r\n\treturn "é€😀"\n</script><script>window.hacked = 1; alert(1)</script>\n<img src=x onerror="hacked=1">'

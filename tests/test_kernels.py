@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import kernels
-import native
+from nanotitans import kernels
+from nanotitans.kernels import blocks, loop, native
 
 
 def drawn(*shape):
@@ -41,9 +41,9 @@ PIECES = {
     'rms_norm, a weight a head': (kernels.rms_norm, lambda x, w, eps: x / (eps + x.square().mean(-1, keepdim=True)).sqrt() * w,
                                   lambda: (drawn(2, 3, 5, 6), drawn(3, 1, 6), 1.0)),
     'rotate': (kernels.rotate, rotate, lambda: (drawn(2, 5, 6), *angles())),
-    'products': (kernels.products, products, lambda: (torch.tensor([[0.3, 1e-12, 0.9, 1], [0.5, 0, 0.7, 0]],
+    'products': (blocks.products, products, lambda: (torch.tensor([[0.3, 1e-12, 0.9, 1], [0.5, 0, 0.7, 0]],
                                                                    dtype=torch.float64).requires_grad_(),)),
-    **{f'{name} in C{more}': (getattr(kernels, f'{name}_native'), getattr(kernels, f'{name}_in_torch'), draw)
+    **{f'{name} in C{more}': (getattr(loop, name), getattr(blocks, name), draw)
        for name, more, draw in (
            ('short_conv', '', lambda: (drawn(2, 9, 3, 6), drawn(2, 3, 3, 6), drawn(3, 6, 4), 2, 1.0)),
            ('short_conv', ', wide heads', lambda: (drawn(2, 2, 3, 40), drawn(2, 3, 3, 40), drawn(3, 40, 4), 2, 0.1)),
@@ -122,8 +122,8 @@ def test_threads_change_no_bit(width, monkeypatch):
         monkeypatch.setattr(torch, 'get_num_threads', lambda n=threads: n)
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, gates, M, S, tail, taps, gains)]
         q_, k_, v_, gates_, M_, S_, tail_, taps_, gains_ = leaves
-        y, *state = kernels.recurrence_native(kernels.short_conv_native(q_, tail_, taps_, 2, 0.1), k_, v_, gates_, M_, S_)
-        out = [kernels.join_native(y, kernels.recall_native(q_, state[0]), gains_), *state]
+        y, *state = loop.recurrence(loop.short_conv(q_, tail_, taps_, 2, 0.1), k_, v_, gates_, M_, S_)
+        out = [loop.join(y, loop.recall(q_, state[0]), gains_), *state]
         found.append([*out, *torch.autograd.grad([x.square().sum() for x in out], leaves)])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -136,9 +136,9 @@ def test_a_text_cut_anywhere_has_the_same_bits(dtype):
     torch.manual_seed(0)
     q, k, v, gates = (*torch.randn(3, 2, 40, 2, 20, dtype=dtype) / 5, torch.rand(2, 40, 3, 2, dtype=dtype) / 2)
     M, S = torch.randn(2, 2, 2, 20, 20, dtype=dtype)
-    whole, state, read = kernels.recurrence_native(q, k, v, gates, M, S), (M, S), []
+    whole, state, read = loop.recurrence(q, k, v, gates, M, S), (M, S), []
     for t in range(40):
-        y, *state = kernels.recurrence_native(*(x[:, t:t + 1] for x in (q, k, v, gates)), *state)
+        y, *state = loop.recurrence(*(x[:, t:t + 1] for x in (q, k, v, gates)), *state)
         read.append(y)
     for a, b in zip(whole, (torch.cat(read, dim=1), *state), strict=True):
         assert torch.equal(a, b)
@@ -168,7 +168,7 @@ def loads(tmp_path, code='', **environment):
     """What a process of its own says that computes with a memory. -> out, err, rc"""
     code += """
 import torch
-import kernels
+from nanotitans import kernels
 q, gates, M = torch.randn(1, 3, 1, 4), torch.rand(1, 3, 3, 1), torch.zeros(1, 1, 4, 4)
 for _ in range(2):
     print(type(kernels.recurrence(q.requires_grad_(), q, q, gates, M, M)[0].grad_fn).__name__)
@@ -182,6 +182,7 @@ for _ in range(2):
 @pytest.mark.parametrize('environment, says', [
     ({'CC': 'no-such-compiler'}, 'no-such-compiler'), ({'CC': 'false'}, 'false failed'),
     ({'NANOTITANS_CACHE': '/proc/nowhere'}, '/proc/nowhere')])
+@pytest.mark.slow
 def test_without_a_compiler_the_blocks_run_and_one_line_says_so(tmp_path, environment, says):
     out, err, rc = loads(tmp_path, **environment)
     assert rc == 0 and out == ['TransposeBackward0'] * 2
@@ -190,21 +191,24 @@ def test_without_a_compiler_the_blocks_run_and_one_line_says_so(tmp_path, enviro
     out, err, rc = loads(tmp_path, **environment, NANOTITANS_KERNEL='blocks')  # asked for: nothing to say
     assert rc == 0 and out == ['TransposeBackward0'] * 2 and err == ''
     out, err, rc = loads(tmp_path, **environment, NANOTITANS_KERNEL='loop')
-    assert rc != 0 and err.splitlines()[-1].startswith('configurator.UserError: kernel=loop') and says in err
+    assert rc != 0 and err.splitlines()[-1].startswith('nanotitans.configurator.UserError: kernel=loop') and says in err
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_once_by_however_many_processes(tmp_path):
     """Four at once, then one without a compiler: one file, and the loop in all of them, in forks, too."""
     fork = """
-import os, torch, kernels
+import os
+import torch
+from nanotitans import kernels
 kernels.recall(torch.randn(8, 400, 2, 32), torch.randn(8, 2, 32, 32))
 if os.fork():
     os.wait()
 """
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda code: loads(tmp_path, code), ['', '', '', fork]))
-    assert [rc for *_, rc in done] == [0] * 4 and {name for out, *_ in done for name in out} == {'recurrence_nativeBackward'}
+    assert [rc for *_, rc in done] == [0] * 4 and {name for out, *_ in done for name in out} == {'recurrenceBackward'}
     assert [len(out) for out, *_ in done] == [2, 2, 2, 4]
     assert len(list(tmp_path.iterdir())) == 1
     assert loads(tmp_path, 'import subprocess; subprocess.run = None')[2] == 0  # nothing is compiled again

@@ -3,9 +3,9 @@ import pytest
 import torch
 from reference import recurrence
 
-import kernels
-import native
 from model import NeuralMemory, TitansConfig, memory_of
+from nanotitans import kernels
+from nanotitans.kernels import blocks, loop, native
 
 B, H, D = 2, 2, 6
 WAYS = {'blocks': 1, 'loop': 1, 'depth 2': 2, 'depth 3': 3}  # and their depths
@@ -25,7 +25,7 @@ def memory(depth=1, **options):
 def compute(way, layers, surprise, q, k, v, gates):
     """One of WAYS, from and to one M and S a layer, as reference.recurrence."""
     if WAYS[way] == 1:
-        form = kernels.recurrence_in_blocks if way == 'blocks' else kernels.recurrence_native
+        form = blocks.recurrence if way == 'blocks' else loop.recurrence
         y, M, S = form(q, k, v, gates, layers[0], surprise[0])
         return y, [M], [S]
     module = memory(WAYS[way])
@@ -52,7 +52,7 @@ def gates_at(where, T):
 
 
 @pytest.mark.parametrize('gates, lengths', [
-    ('anywhere', (5,)), ('anywhere', (3, 1, 20, 1)), ('anywhere', (kernels.BLOCK + 5,)), ('near 0', (9, 4)), ('near 1', (9, 4)),
+    ('anywhere', (5,)), ('anywhere', (3, 1, 20, 1)), ('anywhere', (blocks.BLOCK + 5,)), ('near 0', (9, 4)), ('near 1', (9, 4)),
     ('keep all', (9, 4)), ('exactly 0 and 1', (9, 4))])
 @pytest.mark.parametrize('way', [pytest.param(way, marks=needs(way)) for way in WAYS])
 def test_every_way_is_the_recurrence(way, gates, lengths):
@@ -81,7 +81,7 @@ def test_every_way_is_the_recurrence(way, gates, lengths):
 def test_without_momentum_there_is_no_surprise_to_keep(way):
     """With an S of no size, eta is 0 whatever the gates say: outputs, memory and gradients of the rule with eta = 0."""
     torch.manual_seed(1)
-    T, module = 2 * kernels.BLOCK + 5 if WAYS[way] == 1 else 9, memory(WAYS[way], memory_momentum=0.0)
+    T, module = 2 * blocks.BLOCK + 5 if WAYS[way] == 1 else 9, memory(WAYS[way], memory_momentum=0.0)
     q, k = (torch.nn.functional.normalize(torch.randn(B, T, H, D, dtype=torch.float64), dim=-1) for _ in range(2))
     gates = gates_at('anywhere', T)
     if WAYS[way] > 1:
@@ -116,7 +116,7 @@ def test_float32_is_as_precise_as_float32_can_be(way):
     gates = torch.rand(B, T, 3, H) * torch.tensor((0.5, 1, 0.1))[:, None]
     gates[:, 5, 1], gates[:, 9, 2] = 1e-6, 1 - 1e-6
     inputs = [q, k, torch.randn(B, T, H, width), gates, torch.randn(B, H, width, width), torch.randn(B, H, width, width)]
-    form, found = kernels.recurrence_in_blocks if way == 'blocks' else kernels.recurrence_native, []
+    form, found = blocks.recurrence if way == 'blocks' else loop.recurrence, []
     for dtype in torch.float32, torch.float64:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         out = form(*leaves)

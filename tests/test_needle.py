@@ -9,13 +9,15 @@ import torch
 
 import eval_context
 import eval_needle
-import needle
 import prepare
 import train
-from configurator import UserError
-from dataset import WEIGHT, Dataset, Tokenizer
 from eval_needle import Asker, Evaluation, NeedleConfig
-from needle import TASKS, Haystack, training_row
+from nanotitans.configurator import UserError
+from nanotitans.dataset import WEIGHT, Dataset
+from nanotitans.reader import Reader
+from nanotitans.tokenizer import Tokenizer, word_tokenizer
+from tasks import needle
+from tasks.needle import TASKS, Haystack, training_row
 
 TEXT = ' '.join(f"Sentence {i} of this long tale says that {'very ' * (i % 5)}little happens." for i in range(1500))
 SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--segment_len=16',
@@ -50,7 +52,7 @@ def here(place, monkeypatch):
 
 
 def tokenizers():
-    found = [Tokenizer({'kind': 'byte'}), prepare.word_tokenizer(needle.vocabulary(), TEXT, 768)]
+    found = [Tokenizer({'kind': 'byte'}), word_tokenizer(needle.vocabulary(), TEXT, 768)]
     try:
         return [*found, Tokenizer({'kind': 'gpt2'})]
     except UserError:
@@ -58,7 +60,7 @@ def tokenizers():
 
 
 def test_word_tokenizer_keeps_any_text():
-    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
+    tokenizer = word_tokenizer(needle.vocabulary(), TEXT, 400)
     strange = "One of the\n\n  special magic Uuids: 3e4d-77 œuvre\t½ … zebras'"
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
     assert tokenizer.encode(" zebra 4821907.") == [tokenizer.ids[p] for p in (b' zebra', b' 4', b'8', b'2', b'1', b'9', b'0',
@@ -111,7 +113,7 @@ def test_rows_reach_the_model_whole_and_weighted(here):
 
 @pytest.mark.parametrize('length', [0, 24, 1000, 200_000])
 def test_fill_has_the_length_and_keeps_sentences_whole(length):
-    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
+    tokenizer = word_tokenizer(needle.vocabulary(), TEXT, 400)
     haystack, mark = Haystack(needle.NOISE, tokenizer), [1]
     for u, depth in (0.0, 0.0), (0.3, 0.5), (0.99, 1.0), (0.5, 0.77):
         stop = haystack.place(u)
@@ -138,14 +140,14 @@ def test_contexts_are_equally_long_and_hold_every_value(here, task, tokenizer):
             for sample in asker.samples[task][:5]:
                 blocks = list(asker.prompt(task, sample, length, depth))
                 assert {len(b) for b in blocks[:-1]} <= {eval_needle.BLOCK} and len(blocks[-1]) >= 1
-                assert sum(map(len, blocks)) == length - asker.room(task)
+                assert sum(map(len, blocks)) == length - asker.answer_len(task)
                 text = tokenizer.decode(np.concatenate(blocks).tolist())
                 assert all(f": {value}." in text for value in sample['values']) and text.endswith((' is', ' are'))
                 assert len(sample['values']) == TASKS[task].values * TASKS[task].asked
 
 
 def test_a_long_context_costs_no_memory(here):
-    tokenizer = prepare.word_tokenizer(needle.vocabulary(), TEXT, 400)
+    tokenizer = word_tokenizer(needle.vocabulary(), TEXT, 400)
     haystack = Haystack(needle.NOISE, tokenizer)
     total = largest = 0
     for part, _ in haystack.fill(haystack.place(0.5), 3_000_000, [(0.5, [1])]):
@@ -185,7 +187,7 @@ class Parrot(torch.nn.Module):
 @pytest.mark.parametrize('task', ['pass-key', 'uuid'])
 def test_who_knows_the_needle_is_right_and_a_broken_one_is_listed(here, task):
     config = NeedleConfig(out_dir='out/byte', tasks=task, samples=3, device='cpu')
-    asker = Asker('out/byte/ckpt.pt', config, Evaluation('data/needle'))
+    asker = Asker(config.open('out/byte'), config, Evaluation('data/needle'))
     asker.reader.model = Parrot(asker, asker.reader.model)
     cell = eval_needle.score(asker, task, 700, 50, 3, True, 2)
     assert cell['right'] == 3 and cell['accuracy'] == 1 and cell['failed'] == [] and 0.4 < cell['interval'][0] < 0.5
@@ -196,11 +198,11 @@ def test_who_knows_the_needle_is_right_and_a_broken_one_is_listed(here, task):
 
 def test_streamed_answers_are_those_of_the_whole(here):
     config = NeedleConfig(tasks='number', samples=2, device='cpu')
-    asker = Asker('out/word/ckpt.pt', config, Evaluation('data/needle'))
+    asker = Asker(config.open('out/word'), config, Evaluation('data/needle'))
     sample = asker.samples['number'][0]
     text, = asker.answers('number', [sample], 2500, 0.3)
     ids = torch.from_numpy(np.concatenate(list(asker.prompt('number', sample, 2500, 0.3))))[None]
-    new = asker.room('number') + eval_needle.SLACK
+    new = asker.answer_len('number') + eval_needle.SLACK
     whole = asker.reader.model.generate(ids, new, temperature=0)
     assert asker.reader.tokenizer.decode(whole[0, -new:].tolist()) == text
 
@@ -215,7 +217,7 @@ def test_grid_is_kept_extended_and_drawn(here, capsys, monkeypatch):
     assert evaluate('--baseline=out/gpt') == 0
     first = json.load(open('out/word/needle.json'))
     assert len(first['cells']) == 12 and os.path.getsize('out/word/needle.png') > 5000
-    assert {c['model'] for c in first['cells']} == {'on', 'off', 'baseline'}
+    assert {c['model'] for c in first['cells']} == {'memory', 'never written', 'baseline'}
     calls = []
     real = eval_needle.score
     monkeypatch.setattr(eval_needle, 'score', lambda *args: calls.append(args[1:4]) or real(*args))
@@ -259,10 +261,10 @@ def test_ctrl_c_keeps_finished_cells_and_another_checkpoint_starts_anew(here, mo
     assert len(json.load(open('out/word/needle.json'))['cells']) == 3
     monkeypatch.setattr(eval_needle, 'score', real)
     content = json.load(open('out/word/needle.json'))
-    content['sources']['on'] = 'of another checkpoint'
+    content['sources']['memory'] = 'of another checkpoint'
     json.dump(content, open('out/word/needle.json', 'w'))
-    results = eval_needle.Results('out/word/needle.json', content['sources'] | {'on': 'new'})
-    assert {c['model'] for c in results.cells} == {'off'}
+    results = eval_needle.Results('out/word/needle.json', content['sources'] | {'memory': 'new'})
+    assert {c['model'] for c in results.cells} == {'never written'}
 
 
 def test_flat_says_it_on_one_line(here, capsys):
@@ -301,7 +303,7 @@ def test_needle_refuses(here, argv, words):
     (['needle', '--haystack=nothing.txt'], "nothing.txt: No such file"),
     (['needle', '--tokenizer=char'], "tokenizer='char' must be word"),
     (['needle', '--words=10'], "words=10 must be at least the"),
-    (['needle', '--block_size=64'], "block_size=64 must be at least 128"),
+    (['needle', '--block_size=64'], r"block_size=64 must be in [128, 16777216]"),
     (['needle', '--rows=0'], "rows=0 must be at least 16"),
     (['needle', '--source=tale.txt'], "--source is not for needle; give --haystack=FILE"),
     (['text', '--train_path=tale.txt', '--tokenizer=word'], "tokenizer='word' is for needle"),
@@ -325,7 +327,7 @@ def test_any_prepared_text_is_a_haystack(here, tmp_path):
 def test_without_writing_there_is_only_the_control(here):
     assert evaluate('--update_memory=False', '--lengths=96', '--depths=0', '--samples=1') == 0
     with open('out/word/needle.json', encoding='utf-8') as f:
-        assert {cell['model'] for cell in json.load(f)['cells']} == {'off'}
+        assert {cell['model'] for cell in json.load(f)['cells']} == {'never written'}
 
 
 # -- loss against position
@@ -336,16 +338,16 @@ def test_context_curve_is_the_mean_loss_of_its_positions(here, capsys):
     prepare.main(['text', '--train_path=tale.txt'])
     assert eval_context.main(['--out_dir=out/byte', '--dataset=text', '--length=2048', '--rows=3', '--device=cpu']) == 0
     content = json.load(open('out/byte/context.json'))
-    assert content['config']['rows'] == 3 and content['models']['memory on']['dtype'] == 'float32'
-    assert set(content['loss']) == {'memory on', 'memory off'} and os.path.getsize('out/byte/context.png') > 5000
-    reader = eval_context.Reader('out/byte/ckpt.pt', 'cpu', 'float32')
+    assert content['config']['rows'] == 3 and content['models']['memory']['dtype'] == 'float32'
+    assert set(content['loss']) == {'memory', 'never written'} and os.path.getsize('out/byte/context.png') > 5000
+    reader = Reader('out/byte/ckpt.pt', 'cpu', 'float32')
     data = Dataset('data', 'text')
     last = data.tokens['val'] - 2049
     block = torch.from_numpy(data.read('val', [0, last // 2, last], 2049))
     with torch.no_grad():
         logits, _, _ = reader.model(block[:, :-1], block[:, 1:])
     ce = torch.nn.functional.cross_entropy(logits.mT, block[:, 1:], reduction='none')
-    assert content['loss']['memory on'] == pytest.approx([ce[:, :1024].mean().item(), ce[:, 1024:].mean().item()], abs=1e-5)
+    assert content['loss']['memory'] == pytest.approx([ce[:, :1024].mean().item(), ce[:, 1024:].mean().item()], abs=1e-5)
     assert [(a, b) for a, b, _ in eval_context.octaves([1.0] * 8)] == [(0, 1024), (1024, 2048), (2048, 4096), (4096, 8192)]
 
 

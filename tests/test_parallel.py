@@ -5,15 +5,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from helpers import TEXT, same, tiny
 from processes import curve, log, run, said
-from test_train import TEXT, same, tiny
 
-import checkpoint
-import sharded
 import train
-from configurator import UserError
-from dataset import Dataset, Tokenizer, Writer
-from parallel import Process
+from nanotitans import checkpoint, sharded
+from nanotitans.configurator import UserError
+from nanotitans.dataset import Dataset, Writer
+from nanotitans.parallel import Process
+from nanotitans.tokenizer import Tokenizer
 
 
 @pytest.fixture()
@@ -51,6 +51,7 @@ def whole_run(data_dir, tmp_path, **options):
     (1, 'fsdp', {'update_memory': False, 'arch': 'lmm'}),
     (2, 'fsdp', {'memory_depth': 2, 'write_cost': 0.1, 'cost_from': 0.0, 'tbptt': 5, 'num_longterm_mem': 2})],
     ids=str)
+@pytest.mark.slow
 def test_many_processes_train_as_one(data_dir, tmp_path, world, parallel, options):
     """20 steps, the same tokens in each whatever the number of processes: losses to 1e-5, and the weights they come to."""
     options = {'gradient_accumulation_steps': 4, 'max_iters': 20, 'eval_interval': 10, 'eval_iters': 3} | options
@@ -70,6 +71,7 @@ def test_many_processes_train_as_one(data_dir, tmp_path, world, parallel, option
         assert states == [None, None]
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_one_process_to_many_and_back(data_dir, tmp_path):
     """Weights, moments and what each row carries, between one file and shards, 1, 2, 3 and 4 processes."""
     options = {'carry_state': True, 'gradient_accumulation_steps': 3, 'lr_decay_iters': 12, 'reset_prob': 0.2}
@@ -98,7 +100,7 @@ def test_shards_to_one_file(data_dir, tmp_path, capsys):
     at_the_end = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))
     for name in ('ckpt.pt', 'best.pt'):
         os.remove(os.path.join(config.out_dir, name))
-    with pytest.raises(UserError, match=f'make it with: python sharded.py {config.out_dir}'):
+    with pytest.raises(UserError, match=f'make it with: python -m nanotitans.sharded {config.out_dir}'):
         checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))
     sharded.main([config.out_dir])
     assert same(checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt')), at_the_end)
@@ -165,7 +167,7 @@ def test_doc_reset_counts_every_target_once(data_dir, tmp_path, arch):
     options = {'arch': arch, 'doc_reset': True, 'window_len': 8, 'gradient_accumulation_steps': 2, 'block_size': 24}
     run = train.Run(tiny(data_dir, out_dir=str(tmp_path), **options))
     sums = count = 0
-    for piece in run.pieces:
+    for piece in run.micro_batches:
         x, y, _, begins = run.batch(piece)
         for row in range(len(x)):
             starts = sorted({0, *np.flatnonzero(begins[row])})

@@ -11,8 +11,9 @@ import torch
 import eval_recall
 import prepare
 import train
-from configurator import UserError
-from recall import ASKED, FILLER, GAP, LENGTH, PAIRS, VALUES, recall_row
+from nanotitans.configurator import UserError
+from nanotitans.reader import ReaderConfig
+from tasks.recall import ASKED, FILLER, GAP, LENGTH, PAIRS, VALUES, recall_row
 
 
 @pytest.mark.parametrize('pairs', ASKED)
@@ -68,6 +69,6 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('provenance', [{}, {'dataset': 'text'}])
 def test_a_checkpoint_that_says_nothing_of_its_data_is_refused(monkeypatch, provenance):
     found = types.SimpleNamespace(path='x.pt', content={'provenance': provenance})
-    monkeypatch.setattr(eval_recall, 'Reader', lambda *_: found)
+    monkeypatch.setattr(ReaderConfig, 'open', lambda *_: found)
     with pytest.raises(UserError, match='x.pt was not trained on rows of recall'):
         eval_recall.main([])

@@ -1,9 +1,9 @@
 """Generators by purpose: what trains and what evaluates do not draw the same rows."""
 import numpy as np
-from test_train import data_dir, tiny  # noqa: F401 (a fixture)
+from helpers import tiny
 
-from dataset import Dataset
-from seeds import generator
+from nanotitans.dataset import Dataset
+from nanotitans.seeds import generator
 from train import Run
 
 
@@ -13,7 +13,7 @@ def test_every_number_counts():
     assert generator('a', np.int64(5)).integers(1 << 62) == generator('a', 5).integers(1 << 62)
 
 
-def test_evaluation_does_not_read_the_rows_of_a_step(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_evaluation_does_not_read_the_rows_of_a_step(data_dir, tmp_path, monkeypatch):
     """For each of ten seeds: no batch of the evaluations is one that the first steps train on, or read on from."""
     def batches(act):
         kept, read = [], Dataset.batch

@@ -11,15 +11,15 @@ from test_cli import TINY, refused
 
 import eval_learning
 import eval_talk
-import needle
 import prepare
-import talk
 import train
-from dataset import Dataset, Tokenizer
 from eval_learning import Phrase, ask
 from model import TitansConfig
-from sample import Reader
-from seeds import generator
+from nanotitans.dataset import Dataset
+from nanotitans.reader import Reader, ReaderConfig
+from nanotitans.seeds import generator
+from nanotitans.tokenizer import Tokenizer
+from tasks import needle, talk
 
 SENTENCES = [['The grass is green.', 'The sky is blue and the sun is yellow.'], ['Here we go, there and back again.']]
 BYTES = Tokenizer({'kind': 'byte'})
@@ -82,12 +82,12 @@ def test_evaluations_read_what_training_did_not(tmp_path, monkeypatch):
     def haystack(text, *_, **__):
         read.append(text)
         raise Text
+    reader = mock.MagicMock(content={'provenance': {'dataset': 'talk'}})
+    monkeypatch.setattr(ReaderConfig, 'open', lambda *_: reader)
     for module in eval_talk, eval_learning:
         monkeypatch.setattr(module, 'Haystack', haystack)
-        monkeypatch.setattr(module, 'Reader', mock.MagicMock())
         monkeypatch.setattr(module, 'reach', lambda _: 0, raising=False)
         monkeypatch.setattr(module, 'Phrase', mock.MagicMock(), raising=False)
-        module.Reader.return_value.content = {'provenance': {'dataset': 'talk'}}
         with pytest.raises(Text):
             module.main([])
     assert len(read) == 2

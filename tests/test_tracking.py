@@ -5,16 +5,17 @@ import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
-from test_train import data_dir, tiny  # noqa: F401
+from helpers import tiny
 
-import tracking
 import train
-from configurator import UserError
+from nanotitans import tracking
+from nanotitans.configurator import UserError
 
 
 @pytest.fixture()
@@ -77,7 +78,7 @@ def synced(config):
 
 
 @pytest.mark.parametrize('options', [{}, {'memory_layers': '1', 'memory_depth': 2}])
-def test_both_hold_the_log_and_go_on_in_it(data_dir, tmp_path, wandb, tensorboard, options):  # noqa: F811
+def test_both_hold_the_log_and_go_on_in_it(data_dir, tmp_path, wandb, tensorboard, options):
     """4 steps; 2 more that no checkpoint has; and from step 4 on to 8."""
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=4, eval_interval=2, lr_decay_iters=8, wandb_log=True,
                   tensorboard_log=True, **options)
@@ -85,12 +86,14 @@ def test_both_hold_the_log_and_go_on_in_it(data_dir, tmp_path, wandb, tensorboar
     first = logged(config)
     config = dataclasses.replace(config, init_from='resume', max_iters=8)
     this = train.Run(config)
+    time.sleep(1)  # wandb names the folder of a run by the second
     with pytest.raises(KeyboardInterrupt), this.tracker:
         this.tracker.open(this.step)
         for _ in range(2):
             loss, _, memory = this.train_step()
             this.log('', loss=loss, memory=memory)
         raise KeyboardInterrupt
+    time.sleep(1)
     assert train.train(config) == 0
     want, block = logged(config), config.memory_blocks()[0]
     assert {at: want[at] for at in first} == first and {step for _, step in want} == set(range(9))
@@ -100,7 +103,7 @@ def test_both_hold_the_log_and_go_on_in_it(data_dir, tmp_path, wandb, tensorboar
     assert values == want and len(set(ids)) == 1 and exits == [0, 1, 0]
 
 
-def test_a_new_run_in_the_same_folder_is_another(data_dir, tmp_path, wandb, tensorboard):  # noqa: F811
+def test_a_new_run_in_the_same_folder_is_another(data_dir, tmp_path, wandb, tensorboard):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=1, eval_interval=1, wandb_log=True, tensorboard_log=True)
     for steps in (1, 0, 0):  # the second leaves a run without a checkpoint
         assert train.train(dataclasses.replace(config, max_iters=steps)) == 0
@@ -109,7 +112,7 @@ def test_a_new_run_in_the_same_folder_is_another(data_dir, tmp_path, wandb, tens
     assert {'log.jsonl', 'tensorboard', 'wandb.json'} <= set(os.listdir(tmp_path / 'out' / 'earlier-1'))
 
 
-def test_only_the_first_process_reports(data_dir, tmp_path, monkeypatch, wandb):  # noqa: F811
+def test_only_the_first_process_reports(data_dir, tmp_path, monkeypatch, wandb):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=1, wandb_log=True, tensorboard_log=True)
     process = train.Process('cpu')
     process.main = False
@@ -119,13 +122,13 @@ def test_only_the_first_process_reports(data_dir, tmp_path, monkeypatch, wandb):
 
 
 @pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
-def test_a_library_that_is_not_there(data_dir, tmp_path, monkeypatch, name):  # noqa: F811
+def test_a_library_that_is_not_there(data_dir, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name == 'tensorboard' else name, None)
-    with pytest.raises(UserError, match=f"^{name}_log=True needs {name}: pip install 'nanotitans\\[{name}\\]'$"):
+    with pytest.raises(UserError, match=f"^{name}_log=True needs {name}: pip install -e '\\.\\[{name}\\]'$"):
         train.train(tiny(data_dir, out_dir=str(tmp_path / 'out'), **{f'{name}_log': True}))
 
 
-def test_wandb_without_a_login_gets_one_line(data_dir, tmp_path, monkeypatch, wandb):  # noqa: F811
+def test_wandb_without_a_login_gets_one_line(data_dir, tmp_path, monkeypatch, wandb):
     monkeypatch.setenv('WANDB_MODE', 'online')
     monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
     monkeypatch.delenv('WANDB_API_KEY', raising=False)
@@ -139,7 +142,7 @@ def test_wandb_without_a_login_gets_one_line(data_dir, tmp_path, monkeypatch, wa
         train.train(config)
 
 
-def test_a_disk_that_is_full_gets_one_line(data_dir, tmp_path, monkeypatch, tensorboard):  # noqa: F811
+def test_a_disk_that_is_full_gets_one_line(data_dir, tmp_path, monkeypatch, tensorboard):
     from torch.utils.tensorboard import SummaryWriter
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), tensorboard_log=True)
 
@@ -151,7 +154,7 @@ def test_a_disk_that_is_full_gets_one_line(data_dir, tmp_path, monkeypatch, tens
             train.train(config)
 
 
-def test_tokens_are_those_that_were_read(data_dir, tmp_path):  # noqa: F811
+def test_tokens_are_those_that_were_read(data_dir, tmp_path):
     """Also of a run that goes on with other batches."""
     config = tiny(data_dir, out_dir=str(tmp_path), max_iters=2, batch_size=2)
     train.train(config)

@@ -11,50 +11,20 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
+from helpers import same, tensors, tiny
 
-import checkpoint
 import train
-from configurator import UserError
-from dataset import Dataset, Tokenizer, Writer
-from model import map_state
-from seeds import generator
-from train import Run, TrainConfig
+from nanotitans import checkpoint, report
+from nanotitans.configurator import UserError
+from nanotitans.dataset import Dataset, Writer
+from nanotitans.seeds import generator
+from nanotitans.tokenizer import Tokenizer
+from train import Run
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(600))
-
-
-@pytest.fixture()
-def data_dir(tmp_path):
-    with Writer(str(tmp_path / 'data'), 'tiny', Tokenizer({'kind': 'byte'})) as writer:
-        writer.add('train', list(TEXT.encode()))
-        writer.add('val', list(TEXT[:3000].encode()))
-    return str(tmp_path / 'data')
-
-
-def tiny(data_dir, **options):
-    options = {'dataset': 'tiny', 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'memory_heads': 2, 'block_size': 16,
-               'segment_len': 8, 'batch_size': 2, 'max_iters': 6, 'eval_interval': 3, 'eval_iters': 1,
-               'log_interval': 1, 'learning_rate': 1e-2, 'warmup_iters': 2, 'device': 'cpu'} | options
-    return TrainConfig(data_dir=data_dir, **options)
-
-
-def tensors(state):
-    found = []
-    map_state(lambda x: found.append(x) or x, state)
-    return found
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_loss_falls_and_logs(data_dir, tmp_path, capsys):
@@ -118,7 +88,7 @@ def test_contiguous_rows_read_on(data_dir):
 
 def test_rows_that_read_on_begin_evenly_spread(data_dir):
     data = Dataset(data_dir, 'tiny')
-    text, room = data.flat('train', 0, data.tokens['train']).tobytes(), data.room('train', 16)
+    text, room = data.flat('train', 0, data.tokens['train']).tobytes(), data.num_starts('train', 16)
     x = data.contiguous('train', 4, 16, 0, seed=1).x
     starts = generator('train rows that read on', 1).integers(room) + np.arange(4) * (room // 4)
     assert [row.tobytes() for row in x] == [text[8 * s:8 * (s + 16)] for s in (starts % room).tolist()]
@@ -140,7 +110,7 @@ def test_reset_rows_begin_afresh_and_others_go_on(data_dir, tmp_path, arch):
     run = Run(tiny(data_dir, out_dir=str(tmp_path), arch=arch, carry_state=True, reset_prob=0.5, batch_size=8, window_len=8))
     run.train_step()
     run.raw.eval()
-    rows, state, (batch,) = run.pieces[0], run.states[0], [run.batch(run.pieces[0])]
+    rows, state, (batch,) = run.micro_batches[0], run.states[0], [run.batch(run.micro_batches[0])]
     draw = run.fresh_rows(rows)
     (x, y, _, begins), = run.spans(batch, draw)
     logits, _, after = run.raw(x, y, state, begins=begins)
@@ -177,7 +147,7 @@ def test_weighted_rows_train_on_the_weighted_mean(tmp_path, tbptt):
     run = Run(tiny(str(tmp_path), dataset='rows', block_size=32, out_dir=str(tmp_path), tbptt=tbptt, learning_rate=0.0,
                    min_lr=0.0, gradient_accumulation_steps=2))
     total = 0
-    for piece in run.pieces:
+    for piece in run.micro_batches:
         x, y, w = map(torch.from_numpy, run.batch(piece)[:3])
         rows = [np.flatnonzero((ids[:, :-1] == row).all(1)).item() for row in x.numpy()]
         assert np.array_equal(y.numpy(), ids[rows, 1:])
@@ -220,15 +190,15 @@ def test_the_commit_is_marked_if_the_code_was_changed():
     status = subprocess.run(['git', '-C', HERE, 'status', '--porcelain', '-uno'], capture_output=True, text=True)
     if status.returncode:
         pytest.skip('not in a git repository')
-    assert re.fullmatch(r'[0-9a-f]{7,}' + r'\+' * bool(status.stdout), train.commit())
+    assert re.fullmatch(r'[0-9a-f]{7,}' + r'\+' * bool(status.stdout), report.commit())
 
 
 def test_the_opening_table(data_dir, tmp_path, capsys):
-    Run(tiny(data_dir, out_dir=str(tmp_path), gradient_accumulation_steps=3, memory_momentum=0.5)).table()
+    Run(tiny(data_dir, out_dir=str(tmp_path), gradient_accumulation_steps=3, memory_momentum=0.5)).print_table()
     table = capsys.readouterr().out
     for words in ('(mac, 2 layers, 2 heads, 16 wide)', 'tokens a step      96  (2 x 16 x 3)', 'surprise lasts 2.0 tokens'):
         assert words in table
-    Run(tiny(data_dir, out_dir=str(tmp_path), memory_gates='hard', memory_momentum=0.0, memory_decay=0.0)).table()
+    Run(tiny(data_dir, out_dir=str(tmp_path), memory_gates='hard', memory_momentum=0.0, memory_decay=0.0)).print_table()
     table = capsys.readouterr().out
     assert 'memory_momentum  none' in table and 'alpha 0 = half-life never' in table
 
@@ -252,8 +222,8 @@ def test_a_step_is_saved_once(data_dir, tmp_path):
         files = []
         for _ in range(2):
             run.save()
-            files.append(os.stat(run.path).st_ino)
-        assert files[0] == files[1] and checkpoint.step_of(run.path) == step + 1
+            files.append(os.stat(run.checkpoints.path).st_ino)
+        assert files[0] == files[1] and checkpoint.step_of(run.checkpoints.path) == step + 1
 
 
 def test_tbptt_cuts_gradients_not_losses(data_dir, tmp_path):
@@ -289,6 +259,7 @@ def test_canary_no_loss_below_entropy(tmp_path):
 
 
 @pytest.mark.parametrize('trial', range(8))
+@pytest.mark.slow
 def test_no_nan(trial, tmp_path, data_dir):
     """Drawn learning rates, gate starts, depths, architectures: all stay finite."""
     rng = np.random.default_rng(trial)
@@ -344,15 +315,16 @@ def test_a_step_that_goes_wrong_is_skipped_and_counted(data_dir, tmp_path, what)
     assert not (math.isfinite(loss) and math.isfinite(norm)) and (run.step, run.skips) == (2, 1)
     assert same(before, list(run.raw.state_dict().values()))
     assert same(moments, [s['exp_avg'] for s in run.optimizer.state.values()])
-    assert run.mended.tolist() == [what == 'memory', False] and all(x.isfinite().all() for x in tensors(run.states[0]))
+    assert run.rows_to_reset.tolist() == [what == 'memory', False] and all(x.isfinite().all() for x in tensors(run.states[0]))
     run.save()
-    assert checkpoint.load(run.path)['mended'] == [0] * (what == 'memory')
+    assert checkpoint.load(run.checkpoints.path)['rows_to_reset'] == [0] * (what == 'memory')
     last.forward = forward
     handle.remove() if what == 'gradient' else None
     loss, norm, _ = run.train_step()
-    assert math.isfinite(loss) and math.isfinite(norm) and (run.skips, run.skips_in_a_row) == (1, 0) and not run.mended.any()
+    assert math.isfinite(loss) and math.isfinite(norm) and not run.rows_to_reset.any()
+    assert (run.skips, run.skips_in_a_row) == (1, 0)
     run.save()
-    assert run.saved[1] == 3
+    assert run.checkpoints.saved[1] == 3
 
 
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -384,7 +356,7 @@ def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
     config = tiny(data_dir, out_dir=str(tmp_path / 'out'), max_iters=10 ** 6, eval_interval=10 ** 6)
     flags = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if f.name != 'vocab_size']
     process = subprocess.Popen([sys.executable, 'train.py', *flags], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True, preexec_fn=processes.hear_signals)
     for line in process.stdout:
         if line.startswith('step     3'):
             process.send_signal(signal.SIGINT)

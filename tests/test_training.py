@@ -5,13 +5,14 @@ import os
 
 import pytest
 import torch
+from helpers import same, tensors, tiny
 from test_model import build, tokens
-from test_train import data_dir, same, tensors, tiny  # noqa: F401 (a fixture)
 
-import checkpoint
 import train
-from dataset import Dataset, Tokenizer, Writer
 from model import NeuralMemory, TitansConfig, TitansGPT
+from nanotitans import checkpoint, report
+from nanotitans.dataset import Dataset, Writer
+from nanotitans.tokenizer import Tokenizer
 from train import Run, get_lr
 
 
@@ -38,10 +39,10 @@ def test_the_schedule(options, rates):
 @pytest.mark.parametrize('seconds, text', [(0, '0m 00s'), (59.9, '0m 59s'), (3599, '59m 59s'), (3600, '1h 00m'),
                                            (7384, '2h 03m'), (360000, '100h 00m')])
 def test_time_left(seconds, text):
-    assert train.clock(seconds) == text
+    assert report.clock(seconds) == text
 
 
-def test_steps_are_as_long_as_the_schedule_says(data_dir, tmp_path):  # noqa: F811
+def test_steps_are_as_long_as_the_schedule_says(data_dir, tmp_path):
     """AdamW's first step moves a weight without decay by the learning rate of step 0; later steps have theirs."""
     config = tiny(data_dir, out_dir=str(tmp_path), learning_rate=1e-2, warmup_iters=3)
     run = Run(config)
@@ -58,7 +59,7 @@ def test_steps_are_as_long_as_the_schedule_says(data_dir, tmp_path):  # noqa: F8
 
 
 @pytest.mark.parametrize('clip', [0.01, 0.0])
-def test_gradients_are_clipped_to_their_norm(data_dir, tmp_path, clip):  # noqa: F811
+def test_gradients_are_clipped_to_their_norm(data_dir, tmp_path, clip):
     """What reaches the optimizer has the norm grad_clip and the direction of the whole; with 0 it is the whole."""
     found = []
     for grad_clip in (0.0, clip):
@@ -77,7 +78,7 @@ def test_gradients_are_clipped_to_their_norm(data_dir, tmp_path, clip):  # noqa:
     torch.testing.assert_close(clipped, whole * (clip / norm if clip else 1), rtol=1e-4, atol=1e-9)
 
 
-def test_weight_decay_is_for_matrices_alone(data_dir, tmp_path):  # noqa: F811
+def test_weight_decay_is_for_matrices_alone(data_dir, tmp_path):
     """One step without gradients: matrices shrink by learning rate times weight_decay, everything else stays."""
     run = Run(tiny(data_dir, out_dir=str(tmp_path), weight_decay=0.5, bias=True))
     before = {name: p.detach().clone() for name, p in run.raw.named_parameters()}
@@ -115,7 +116,7 @@ def test_evaluation_is_of_validation_text_without_dropout(letters, tmp_path, opt
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_arithmetic_that_was_asked_for(data_dir, tmp_path, dtype):  # noqa: F811
+def test_the_arithmetic_that_was_asked_for(data_dir, tmp_path, dtype):
     run = Run(tiny(data_dir, out_dir=str(tmp_path), dtype=dtype))
     with run.autocast, torch.no_grad():
         logits = run.raw(tokens(1, 8))[0]
@@ -128,7 +129,7 @@ def test_dropout_is_everywhere(variant, none):
     """In train mode half of the embedding, of what a block's mixing adds and of what its MLP adds is 0, the rest is doubled."""
     model, idx = build(variant, torch.float32, dropout=0.5, n_embd=64, shake=0.02).train(), tokens(4, 32)
     block, seen = model.blocks[0], {}
-    mix, feed = block.mix, block.feed
+    mix, feed = block.mix, block.add_mlp
 
     def kept(name, act):
         def call(x, *args):
@@ -136,11 +137,11 @@ def test_dropout_is_everywhere(variant, none):
             seen[name] = x, out[0] if isinstance(out, tuple) else out
             return out
         return call
-    block.mix, block.feed = kept('mix', mix), kept('feed', feed)
+    block.mix, block.add_mlp = kept('mix', mix), kept('add_mlp', feed)
     model(idx)
     embedded, whole = seen['mix'][0], model.wte(idx)
     for name, part, zeros in (('embedding', embedded, 0.5), ('mix', seen['mix'][1] - seen['mix'][0], none),
-                              ('feed', seen['feed'][1] - seen['feed'][0], 0.5)):
+                              ('add_mlp', seen['add_mlp'][1] - seen['add_mlp'][0], 0.5)):
         assert (part == 0).float().mean().item() == pytest.approx(zeros, abs=0.04), name
     torch.testing.assert_close(embedded[embedded != 0], 2 * whole[embedded != 0])
     model.eval()
@@ -211,12 +212,12 @@ def test_repetition_penalty_counts_what_was_generated(monkeypatch):
 # -- rows that read on, and evaluations that are broken off
 
 
-def test_a_skipped_step_has_still_been_read(data_dir, tmp_path):  # noqa: F811
+def test_a_skipped_step_has_still_been_read(data_dir, tmp_path):
     """A gradient that overflows, as with float16 in its first steps: the rows' memories have read what the data moved past."""
     run = Run(tiny(data_dir, out_dir=str(tmp_path), carry_state=True, reset_prob=0.0))
     run.train_step()
     with torch.no_grad():
-        x = torch.from_numpy(run.batch(run.pieces[0]).x)
+        x = torch.from_numpy(run.batch(run.micro_batches[0]).x)
         want = run.raw(x, state=run.states[0])[2]
     handle = run.raw.norm_f.weight.register_hook(lambda g: g * math.inf)
     run.train_step()
@@ -227,7 +228,7 @@ def test_a_skipped_step_has_still_been_read(data_dir, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize('batch', [0, 3])
-def test_a_signal_breaks_an_evaluation_off(data_dir, tmp_path, monkeypatch, capsys, batch):  # noqa: F811
+def test_a_signal_breaks_an_evaluation_off(data_dir, tmp_path, monkeypatch, capsys, batch):
     """It ends before the next batch, saves, and is made up for when the run resumes: log and checkpoint as if undisturbed."""
     options = {'eval_interval': 2, 'eval_iters': 4, 'max_iters': 4, 'carry_state': True}
     assert train.train(tiny(data_dir, out_dir=str(tmp_path / 'whole'), **options)) == 0

@@ -7,19 +7,20 @@ import sys
 TESTS = {
     'model.py': "test_oracles.py test_memory.py test_training.py test_model.py -k 'not compiled and not 32k'",
     'memory.py': "test_oracles.py test_memory.py test_training.py test_model.py -k 'not compiled and not 32k'",
-    'deep.py': "test_memory.py test_model.py -k 'depth or deep'",
-    'sampling.py': "test_model.py test_training.py -k 'sampling or filters or greedy or repetition or temperature'",
-    'kernels.py': "test_kernels.py test_oracles.py test_memory.py",
-    'native.py': "test_kernels.py test_memory.py",
+    'nanotitans/deep.py': "test_memory.py test_model.py -k 'depth or deep'",
+    'nanotitans/sampling.py': "test_model.py test_training.py -k 'sampling or filters or greedy or repetition or temperature'",
+    **{f'nanotitans/kernels/{name}.py': "test_kernels.py test_oracles.py test_memory.py"
+       for name in ('__init__', 'elementary', 'blocks', 'loop', 'native')},
     'train.py': "test_training.py test_train.py test_parallel.py test_cli.py test_faults.py"
                 " -k '(test_train and not no_nan and not canary and not interrupt)"
                 " or doc_reset or carried_document or carry_state or wrong_flag or not_use or where_a_run or foreign"
                 " or eval_only or other_data or unprepared or set_aside'",
-    'dataset.py': "test_data.py test_seeds.py test_train.py test_parallel.py test_cli.py"
+    'nanotitans/dataset.py': "test_data.py test_seeds.py test_train.py test_parallel.py test_cli.py"
                   " -k 'test_seeds or replaced_half or what_prepare or meta_json or lacks or bit_is_found or contiguous"
                   " or weighted or documents or damaged_data or decode or characters or unprepared or prepare_text"
                   " or prepare_refuses or not_installed or resume_continues'",
-    'checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py -k 'resume or checkpoint"
+    'nanotitans/checkpoint.py': "test_train.py test_cli.py test_faults.py test_conversation.py test_parallel.py"
+                     " -k 'resume or checkpoint"
                      " or disk_leaves or system_refuses or swept or unfinished or files_from or as_if_never"
                      " or damaged_file or makes_no_sense"
                      " or shards_to_one_file'",

@@ -13,9 +13,10 @@ import stat
 
 import torch
 
-import checkpoint
-from configurator import UserError
 from model import TitansConfig, map_state
+from nanotitans import checkpoint
+from nanotitans.configurator import UserError
+from nanotitans.files import error_reason
 
 FORMAT = 3  # 1: other contents could have the same sum; 2: another rule wrote them
 
@@ -83,7 +84,7 @@ def load(path, model, config, device):
         if len(unread) > 1 or not all(type(t) is int and 0 <= t < config.vocab_size for t in unread):
             raise ValueError("it ends with what is no token")
     except Exception as error:  # anything may stand there
-        raise UserError(f"{path}: changed after it was written: {checkpoint.reason(error)}") from None
+        raise UserError(f"{path}: changed after it was written: {error_reason(error)}") from None
     return state, unread
 
 

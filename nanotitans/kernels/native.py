@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from nanotitans.configurator import UserError
 
 SOURCE = Path(__file__).with_name('native.c')
 FLAGS = ('-O3', '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native', '-std=gnu17', '-fPIC',

@@ -3,8 +3,8 @@ Sharded checkpoints, which FSDP writes: out_dir/ckpt-STEP/, where each process h
 (torch.distributed.checkpoint), written while the training goes on, and content.pt, a checkpoint (checkpoint.py) with the place
 of each tensor instead of the tensor. They load into any number of processes.
 
-    python sharded.py out/fineweb_760m           # make ckpt.pt, one file, of the newest; and best.pt, if its shards were kept
-    python sharded.py out/fineweb_760m 4000      # of the one of step 4000
+    python -m nanotitans.sharded out/fineweb_760m         # make one file, ckpt.pt, of the newest; and best.pt, if it was kept
+    python -m nanotitans.sharded out/fineweb_760m 4000    # of the one of step 4000
 """
 import contextlib
 import errno
@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import checkpoint
-import configurator
-from configurator import UserError
+from nanotitans import checkpoint, configurator
+from nanotitans.configurator import UserError
+from nanotitans.files import error_reason, sync_folder
 
 PLAIN = {('torch', 'Size'), ('torch.serialization', '_get_layout'), ('torch.distributed.checkpoint.filesystem', '_StorageInfo'),
          *(('torch.distributed.checkpoint.metadata', name) for name in (
@@ -140,7 +140,7 @@ class Saver:
             if None in files.values():
                 raise OSError(errno.EIO, "cannot read what was written")
         except (Exception, dcp.CheckpointException) as error:  # the second, no Exception, wraps whatever any process met
-            problem = checkpoint.reason(*(failure[0] for failure in getattr(error, 'failures', {}).values()), error)
+            problem = error_reason(*(failure[0] for failure in getattr(error, 'failures', {}).values()), error)
         parts = self.process.gather((files, problem))
         step = self.content['step']
         if self.process.main:
@@ -155,10 +155,10 @@ class Saver:
                         checkpoint.remove_shards(partial)
                     else:
                         os.replace(partial, self.path)
-                        checkpoint.sync_folder(self.path)
+                        sync_folder(self.path)
                     checkpoint.prune(self.out_dir, step, *self.keep, folders=True)
             except (OSError, UserError) as error:
-                problem = checkpoint.reason(error)
+                problem = error_reason(error)
             if problem:
                 with contextlib.suppress(OSError):
                     checkpoint.remove_shards(partial)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
-from seeds import generator
+from nanotitans.configurator import UserError
+from nanotitans.seeds import generator
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = " One of the special magic {kind} for {key} is: {value}."

@@ -6,7 +6,7 @@ import html
 import json
 import math
 
-from recorder import TOKEN
+from nanotitans.recorder import TOKEN
 
 
 def rows(values, form='.3g'):

@@ -18,28 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import configurator
-from configurator import UserError
+from nanotitans import configurator
+from nanotitans.configurator import UserError
+from nanotitans.device import pick_device
 
 BYTES_A_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
-
-
-def pick_device(name):
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    there = {'cuda': torch.cuda.is_available, 'mps': torch.backends.mps.is_available, 'cpu': lambda: True}
-    kind, _, index = name.partition(':')
-    if kind not in there or (index and not index.isdecimal()):
-        raise UserError(f"device='{name}' must be auto, cuda, cuda:N, mps or cpu")
-    if not there[kind]() or (kind == 'cuda' and int(index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device='{name}' is not there; --device=auto takes what is")
-    return name
-
-
-def pick_dtype(name, device):
-    if name == 'auto':
-        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, name)
 
 
 class Process:
@@ -179,18 +162,18 @@ def run(main):
     os._exit(status)
 
 
-def placed_as(like, tensor):
+def shard_like(like, tensor):
     """A whole tensor, spread over the processes as `like` is, if it is."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor
 
 
-def local(tensor):
+def local_shard(tensor):
     """The part of a tensor that is here."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor):
+def gather_full(tensor):
     """A tensor that may be spread over the processes, put together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

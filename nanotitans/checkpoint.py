@@ -3,14 +3,13 @@ A checkpoint is one file of tensors and plain types, loadable with weights_only=
 
     format, step, best_val_loss, best_step, skips, evaluated (the step of the last evaluation), model_config, train_config,
     tokenizer, provenance (commit, data checksums),
-    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None), mended (those of them
-    that have to begin afresh)
+    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None), rows_to_reset (those
+    of them that have to begin afresh)
 
 Sharded ones, which FSDP writes, are sharded.py's.
 """
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -18,9 +17,10 @@ import zipfile
 
 import torch
 
-from configurator import UserError
 from gpt2 import MODELS
 from model import BlockState, KVCache, MemoryState, TitansConfig, TitansState, map_state
+from nanotitans.configurator import UserError
+from nanotitans.files import error_reason, link_or_copy, sync_folder
 
 FORMAT = 6
 OLDER = "d3538b1"  # the last commit that reads formats before 6, whose memories were written by another rule
@@ -49,67 +49,15 @@ def write(path, content, copies=(), mode=None):
             f.flush()
             os.fsync(f.fileno())
         for copy in copies:
-            link(partial, copy)
+            link_or_copy(partial, copy)
         os.replace(partial, path)
         sync_folder(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         kept = "; the one before it is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot save {path}: {reason(error)}{kept}") from None
+        raise UserError(f"cannot save {path}: {error_reason(error)}{kept}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
-
-
-def reason(*errors):
-    """What the system said, if any of the errors or of those behind them goes back to it; else what the last one says."""
-    for error in errors:
-        while error is not None:
-            if getattr(error, 'strerror', None):
-                return error.strerror
-            error = error.__cause__ or error.__context__
-    said = f"{type(errors[-1]).__name__} {errors[-1]}" if isinstance(errors[-1], KeyError) else str(errors[-1])
-    return (said or type(errors[-1]).__name__).splitlines()[0]
-
-
-def link(path, copy):
-    """Another name for a file, in place of what had that name; a copy of it where the disk has no such thing."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(copy + '.partial')
-    try:
-        os.link(path, copy + '.partial')
-    except OSError:
-        shutil.copyfile(path, copy + '.partial')
-        with open(copy + '.partial', 'rb+') as f:
-            os.fsync(f.fileno())
-    os.replace(copy + '.partial', copy)
-
-
-def sync_folder(path):
-    """A rename lasts through a power failure once the folder is on the disk too."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def beside(path):
-    """A name to write under, that becomes `path` when all is written. UserError if it cannot be."""
-    try:
-        yield path + '.partial'
-        os.replace(path + '.partial', path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(path + '.partial')
-
-
-def save_json(path, content, indent=None):
-    """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
-    with beside(path) as partial, open(partial, 'w', encoding='utf-8') as f:
-        json.dump(content, f, indent=indent)
 
 
 def load(path):
@@ -117,7 +65,7 @@ def load(path):
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
         if numbered(folder, folders=True):
-            raise UserError(f"{path}: only sharded checkpoints here; make it with: python sharded.py {folder}")
+            raise UserError(f"{path}: only sharded checkpoints here; make it with: python -m nanotitans.sharded {folder}")
         raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
     content = read(path, 'checkpoint', others(path))
     if not isinstance(content, dict) or content.get('format') != FORMAT:
@@ -160,7 +108,7 @@ def step_of(path):
     return -1 if step is None else step
 
 
-def config_there(out_dir):
+def newest_model_config(out_dir):
     """The model_config of the newest checkpoint in out_dir; {} if it cannot be read."""
     folders, path = numbered(out_dir, folders=True), os.path.join(out_dir, 'ckpt.pt')
     if folders and max(folders) > step_of(path):
@@ -248,7 +196,7 @@ def build(content, path, dropout=None):
         model = MODELS[options.backbone](options)
         model.load_state_dict(content['model'])
     except Exception as error:  # anything may stand there
-        raise UserError(f"{path}: the weights do not fit the configuration beside them: {reason(error)}") from None
+        raise UserError(f"{path}: the weights do not fit the configuration beside them: {error_reason(error)}") from None
     return model
 
 

@@ -3,17 +3,48 @@ A dataclass, config files and flags -> a checked config: defaults < files < flag
 
     python train.py config/shakespeare_char_cpu.py --batch_size=32 --compile
 
-Types come from the annotations: an int is fine for a float, nothing else converts. A config file is plain Python; every
-public name in it must be an option. Every mistake is a UserError: one line that names the file or flag and the remedy.
+Types, choices and ranges come from the annotations, what --help says of an option from the comment beside it. An int is fine
+for a float, nothing else converts. A config file is plain Python; every public name in it must be an option. Every mistake is a
+UserError: one line that names the file or flag and the remedy.
 """
 import dataclasses
 import difflib
+import inspect
+import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
+from typing import Annotated
 
 MOST = 2 ** 63 - 1
+
+
+class Range(typing.NamedTuple):
+    """The numbers that an option may be, its ends included unless they are open."""
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+
+    def __contains__(self, value):
+        above = value > self.least if self.open_below else value >= self.least
+        return above and (value < self.most if self.open_above else value <= self.most)
+
+    def __str__(self):
+        if self.most == math.inf:
+            return f"above {self.least}" if self.open_below else f"at least {self.least}"
+        return f"in {'(' if self.open_below else '['}{self.least}, {self.most}{')' if self.open_above else ']'}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open_below=True)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelow1 = Annotated[float, Range(0, 1, open_above=True)]
 
 
 class UserError(Exception):
@@ -34,9 +65,7 @@ def load(cls, argv, doc=''):
     options = {f.name: None for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     if {'-h', '--help'} & set(argv):
-        print(f"{doc.strip()}\n\noptions, with their defaults:")
-        for f in dataclasses.fields(cls):
-            print(f"  --{f.name}={f.default}")
+        print(f"{doc.strip()}\n\noptions, with their defaults:\n{describe(cls)}")
         sys.exit(0)
     for path in [a for a in argv if not a.startswith('-')]:
         for name, value in read_file(path).items():
@@ -59,6 +88,43 @@ def load(cls, argv, doc=''):
             print(f"{f.name} = {getattr(config, f.name)!r}")
         sys.exit(0)
     return config
+
+
+def check_ranges(config, unused=()):
+    """ValueError for an option of a dataclass that is not one of its choices or not in its range; `unused` ones may be."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value, choices = getattr(config, name), typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        if name in unused:
+            continue
+        if choices and value not in choices:
+            raise ValueError(f"{name}='{value}' is not one of {', '.join(choices)}")
+        for limits in getattr(hint, '__metadata__', ()):
+            if value not in limits:
+                raise ValueError(f"{name}={value} must be {limits}")
+
+
+def comments(cls):
+    """{option: what the comment beside it says}, those of the classes that cls is made from included."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= dict(re.findall(r'^    (\w+): [^#\n]*# (.*)$', inspect.getsource(base), re.M))
+    return found
+
+
+def describe(cls):
+    """The options of a dataclass, for --help: default, meaning, choices or range."""
+    width = max(shutil.get_terminal_size((100, 0)).columns, 60)
+    meaning, hints, lines = comments(cls), typing.get_type_hints(cls, include_extras=True), []
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        limits = [str(limit) for limit in getattr(hint, '__metadata__', ())]
+        limits += [', '.join(filter(None, typing.get_args(hint)))] if typing.get_origin(hint) is typing.Literal else []
+        default = repr(f.default)[1:-1] if isinstance(f.default, str) else f.default
+        text = ' '.join([meaning[f.name], *(f'({limit})' for limit in limits)]).strip()
+        name = f"  --{f.name}={default}"
+        lines += textwrap.wrap(text, width, initial_indent=f"{name:<36} ", subsequent_indent=' ' * 37) or [name]
+    return '\n'.join(lines)
 
 
 def read_file(path):
@@ -117,6 +183,18 @@ def parse(name, text, hint, where):
             raise UserError(f"{where}: {name} must be a value of type {hint.__name__}, not '{text}'") from None
         return check(name, value, hint, where)
     return check(name, text, hint, where)
+
+
+def whole_numbers(config, name, least, most=2 ** 40):
+    """The option's comma-separated whole numbers, in order."""
+    text = getattr(config, name)
+    try:
+        found = sorted({int(part) for part in text.split(',')})
+    except ValueError:
+        raise ValueError(f"{name}='{text}' must be whole numbers with commas between, such as 256,1024") from None
+    if not least <= found[0] <= found[-1] <= most:
+        raise ValueError(f"{name}='{text}' must be at least {least} and at most {most}")
+    return found
 
 
 def typed(text, what):

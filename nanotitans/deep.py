@@ -16,9 +16,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from kernels import wide
 from memory import LEAST, NeuralMemory
+from nanotitans.kernels import blocks, wide
 
 GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for z ~ N(0, 1)
 HIDDEN = 0.1 ** 0.5  # hidden layers have weights from N(0, 1 / HIDDEN^2) and learn HIDDEN^2 times as fast as the last
@@ -145,11 +144,11 @@ class FeatureMemory(NeuralMemory):
 
     def recurrence(self, q, k, v, gates, state):
         v = torch.einsum('bthd,hdv->bthv', v, wide(self.spread))
-        y, M, S = kernels.recurrence_in_blocks(self.features(q), self.features(k), v, gates, *state[:2])
+        y, M, S = blocks.recurrence(self.features(q), self.features(k), v, gates, *state[:2])
         return torch.einsum('bthv,hdv->bthd', y, wide(self.spread)), state._replace(weights=M, surprise=S)
 
     def read(self, weights, q):
-        return torch.einsum('bthv,hdv->bthd', kernels.recall_in_torch(self.features(q), weights), wide(self.spread))
+        return torch.einsum('bthv,hdv->bthd', blocks.recall(self.features(q), weights), wide(self.spread))
 
 
 def memory_of(config):

@@ -7,8 +7,8 @@ import dataclasses
 import json
 import os
 
-from checkpoint import reason, save_json
-from configurator import UserError
+from nanotitans.configurator import UserError
+from nanotitans.files import error_reason, save_json
 
 
 def scalars(metrics, blocks):
@@ -67,16 +67,16 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(folder, purge_step=0 if step is None else step + 1)
         except ImportError:
-            raise UserError("tensorboard_log=True needs tensorboard: pip install 'nanotitans[tensorboard]'") from None
+            raise UserError("tensorboard_log=True needs tensorboard: pip install -e '.[tensorboard]'") from None
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {reason(error)}") from None
+            raise UserError(f"cannot write {folder}: {error_reason(error)}") from None
 
     def open_wandb(self, step):
         config, path = self.config, os.path.join(self.config.out_dir, 'wandb.json')
         try:
             import wandb
         except ImportError:
-            raise UserError("wandb_log=True needs wandb: pip install 'nanotitans[wandb]'") from None
+            raise UserError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
         try:
             with open(path, encoding='utf-8') as f:
                 name = str(json.load(f)['id']) if step is not None else None
@@ -114,4 +114,4 @@ class Tracker:
                         self.tensorboard.add_scalar(name, value, step)
                 self.tensorboard.flush()  # what a kill leaves reaches as far as log.jsonl
             except OSError as error:
-                raise UserError(f"cannot write {self.tensorboard.log_dir}: {reason(error)}") from None
+                raise UserError(f"cannot write {self.tensorboard.log_dir}: {error_reason(error)}") from None

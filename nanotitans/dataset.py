@@ -13,7 +13,6 @@ A data set of rows, each a text of its own, also has row_len in its meta.json, t
 
 A batch is a function of (seed, step) alone: no loader state, exact resume, the same data for any number of processes.
 """
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -25,114 +24,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
-from seeds import generator
+from nanotitans.configurator import UserError
+from nanotitans.seeds import generator
 
-WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token of a word tokenizer
 WEIGHT = np.dtype(np.uint16)  # how much a token counts as a target
 PLACE = np.dtype(np.uint64)  # where a document ends in its file
 SPLITS = ('train', 'val')
 NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle', 'talk', 'recall')
 REPLACED = 'replaced'  # a file in a folder that has made room for a new one, and may be removed
 OURS = re.compile(rf'(train|val)(_\d{{5,}})?(_weights|_ends)?\.bin|(meta|eval|progress)\.json(\.partial)?|{REPLACED}')
-
-
-class Tokenizer:
-    """
-    spec: {'kind': 'byte' | 'gpt2'}, {'kind': 'char', 'chars': '...'} or {'kind': 'word', 'words': [...]}: plain, so that a
-    checkpoint can keep it. A word is a run of letters, or a digit, with the space before it; what is not in the list is
-    spelled in bytes, so that any text can be encoded and comes back as it was.
-    """
-
-    def __init__(self, spec):
-        try:
-            self.understand(spec)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"not the description of a tokenizer: {str(spec)[:60]}") from None
-
-    def understand(self, spec):
-        self.spec = spec
-        if spec['kind'] == 'byte':
-            self.vocab_size = 256
-        elif spec['kind'] == 'char':
-            self.chars, self.ids = spec['chars'], {c: i for i, c in enumerate(spec['chars'])}
-            self.vocab_size = len(self.chars)
-        elif spec['kind'] == 'word':
-            self.words = [bytes([b]) for b in range(256)] + [word.encode() for word in spec['words']]
-            self.ids = {word: i for i, word in enumerate(self.words)}
-            self.vocab_size = len(self.words)
-        elif spec['kind'] == 'gpt2':
-            self.bpe = gpt2()
-            self.vocab_size = self.bpe.n_vocab
-        else:
-            raise UserError(f"tokenizer '{spec['kind']}' is not one of byte, char, word, gpt2")
-
-    def encode(self, text):
-        """text -> list of ids. UserError on a character a char tokenizer lacks."""
-        if self.spec['kind'] == 'byte':
-            return list(text.encode('utf-8', errors='surrogateescape'))
-        if self.spec['kind'] == 'gpt2':
-            return self.bpe.encode_ordinary(text)
-        if self.spec['kind'] == 'word':
-            pieces = WORD.findall(text.encode('utf-8', errors='surrogateescape'))
-            return [i for piece in pieces for i in ([self.ids[piece]] if piece in self.ids else piece)]
-        for at, char in enumerate(text):
-            if char not in self.ids:
-                raise UserError(f"the tokenizer lacks {char!r} (character {at + 1} of the text); it knows "
-                                f"{''.join(self.chars)!r}")
-        return [self.ids[char] for char in text]
-
-    def bytes_of(self, token):
-        if token >= self.vocab_size:  # a padded vocabulary has more
-            return b''
-        if self.spec['kind'] == 'byte':
-            return bytes([token])
-        if self.spec['kind'] == 'char':
-            return self.chars[token].encode()
-        if self.spec['kind'] == 'word':
-            return self.words[token]
-        return self.bpe.decode_single_token_bytes(token)
-
-    def decode_stream(self, tokens):
-        """Text as it becomes complete: a token may end inside a UTF-8 character."""
-        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        for token in tokens:
-            yield decoder.decode(self.bytes_of(token))
-        yield decoder.decode(b'', final=True)
-
-    def decode(self, tokens):
-        return ''.join(self.decode_stream(tokens))
-
-
-def gpt2():
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError("the gpt2 tokenizer needs tiktoken: pip install 'nanotitans[tiktoken]'") from None
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as error:  # tiktoken passes on whatever its download raises
-        raise UserError(f"tiktoken could not get its GPT-2 files ({type(error).__name__}): connect once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has them") from None
-
-
-def read_text(path, what='text', most=-1):
-    """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
-    name = 'standard input' if path == '-' else path or "''"
-    most = most if most < 2 ** 28 else -1  # Python takes memory for all that is asked for, before it reads
-    try:
-        with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
-            data = f.read(4 * most if most > 0 else -1)
-        text = codecs.getincrementaldecoder('utf-8')().decode(data, final=most < 0 or len(data) < 4 * most)
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: the {what} is not UTF-8 text (byte {error.start})") from None
-    if '\0' in text:
-        raise UserError(f"{name}: the {what} is binary (a zero byte at {data.index(0)}), not text")
-    if not text:
-        raise UserError(f"{name}: the {what} is empty")
-    return text[:most] if most > 0 else text
 
 
 class Writer:
@@ -479,7 +379,7 @@ class Dataset:
 
     # -- batches
 
-    def room(self, split, block_size):
+    def num_starts(self, split, block_size):
         """How many offsets a block and its targets can start from; of documents, how many units there are."""
         if self.row_len and block_size >= self.row_len:
             longer = f", or prepare longer rows with --block_size={block_size}" if self.name in ('needle', 'talk') else ''
@@ -494,7 +394,7 @@ class Dataset:
 
     def random(self, split, rows, block_size, rng, mine=slice(None)):
         """The Batch at offsets drawn from the generator `rng`; of all rows only `mine`."""
-        starts = rng.integers(0, self.room(split, block_size), rows)[mine]
+        starts = rng.integers(0, self.num_starts(split, block_size), rows)[mine]
         starts = starts * (self.row_len or self.unit or 1)
         batch = self.batch(split, starts, block_size)
         if self.row_len:
@@ -504,7 +404,7 @@ class Dataset:
 
     def contiguous(self, split, rows, block_size, step, seed, mine=slice(None)):
         """The Batch where each row goes on from where it ended at step - 1 (and round, at the end); only `mine`."""
-        room, unit = self.room(split, block_size), self.unit or 1
+        room, unit = self.num_starts(split, block_size), self.unit or 1
         first = generator(f'{split} rows that read on', seed).integers(room) + np.arange(rows) * (room // rows)
         return self.batch(split, ((first * unit + step * block_size) % (room * unit))[mine], block_size)
 

@@ -59,66 +59,77 @@ def draw_phrase(rng, most):
     return ' '.join(str(word) for word in rng.choice(WORDS, rng.integers(4, most + 1)))
 
 
+class Row:
+    """The tokens of a conversation so far, and how much each counts as a target."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.weights = tokenizer, [], []
+
+    def say(self, text, weight=1):
+        ids = self.tokenizer.encode(text)
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+    def recall(self, text):
+        """What can only be known from memory: it counts most, its first tokens more than the rest."""
+        ids = self.tokenizer.encode(text)
+        shares = 1 / np.minimum(np.arange(1, len(ids) + 1), FIRST)
+        self.ids += ids
+        self.weights += np.round(VALUE * shares / shares.sum()).tolist()
+
+    def answer(self, text, key=''):
+        first, rest = text.split(' ', 1)
+        before, _, after = f' {rest}'.partition(' {}')
+        self.say(first, BEGIN)
+        self.say(before, SAY)
+        self.say(f' {key}' if key else '', BEGIN)
+        self.say(after, SAY)
+
+    def learn(self, words, cut, again):
+        """A phrase asked for by its first `cut` words, or said `again`."""
+        self.say(('Learn: ' if again else 'Recite: ') + ' '.join(words[:cut]) + '\n' * (not again))
+        self.recall(' ' + ' '.join(words[cut:]) + '.')
+        self.say('\n', SAY)
+        if again:
+            self.say(TOLD, SAY)
+
+
 def conversation(rng, tokenizer, texts, length):
     """texts: lists of sentences, of which one comes between. -> ids (length,) and how much each counts as a target (length,)"""
-    ids, weights, other = [], [], texts[rng.integers(len(texts))]
+    row, other = Row(tokenizer), texts[rng.integers(len(texts))]
     told, phrases, families = {}, [], rng.permutation(3)[:rng.integers(1, 4)].tolist()
     most, chatter = int(rng.integers(1, 7)), rng.uniform(0.1, 0.6)
 
-    def say(text, weight=1):
-        new = tokenizer.encode(text)
-        ids.extend(new)
-        weights.extend([weight] * len(new))
-
-    def recall(text):
-        new = tokenizer.encode(text)
-        shares = 1 / np.minimum(np.arange(1, len(new) + 1), FIRST)
-        ids.extend(new)
-        weights.extend(np.round(VALUE * shares / shares.sum()).tolist())
-
-    def answer(text, key=''):
-        first, rest = text.split(' ', 1)
-        before, _, after = f' {rest}'.partition(' {}')
-        say(first, BEGIN)
-        say(before, SAY)
-        say(f' {key}' if key else '', BEGIN)
-        say(after, SAY)
-
-    def thing():
+    def draw_thing():
         family = int(rng.choice(families))
         return family, str(rng.choice(FAMILIES[family][0]))
 
-    while len(ids) < length:
+    while len(row.ids) < length:
         known, chance = len(told) + len(phrases), rng.random()
         if known and rng.random() < chatter:
-            say(' '.join(other[rng.integers(len(other))].split()[:40]) + '\n')
-            say(SEEN, SAY)
+            row.say(' '.join(other[rng.integers(len(other))].split()[:40]) + '\n')
+            row.say(SEEN, SAY)
         elif not known or (known < most and chance < 0.5):
             if rng.integers(4):
-                family, key = thing()  # told before: otherwise from here on
+                family, key = draw_thing()  # told before: otherwise from here on
                 told[family, key] = draw_value(rng, family)
-                say(FAMILIES[family][1].format(key) + told[family, key] + '.\n')
+                row.say(FAMILIES[family][1].format(key) + told[family, key] + '.\n')
             else:
                 phrases.append(draw_phrase(rng, 16))
-                say(f'Learn: {phrases[-1]}.\n')
-            say(TOLD, SAY)
+                row.say(f'Learn: {phrases[-1]}.\n')
+            row.say(TOLD, SAY)
         elif chance > 0.85:  # what may not have been told
-            family, key = thing()
+            family, key = draw_thing()
             if (family, key) not in told:
-                say(FAMILIES[family][2].format(key) + '\n')
-                answer(UNKNOWN)
+                row.say(FAMILIES[family][2].format(key) + '\n')
+                row.answer(UNKNOWN)
         elif rng.integers(known) < len(told):
             family, key = list(told)[rng.integers(len(told))]
-            say(FAMILIES[family][2].format(key) + '\n')
-            answer(FAMILIES[family][3], key)
-            recall(told[family, key] + '.')
-            say('\n', SAY)
+            row.say(FAMILIES[family][2].format(key) + '\n')
+            row.answer(FAMILIES[family][3], key)
+            row.recall(told[family, key] + '.')
+            row.say('\n', SAY)
         else:
             words, again = phrases[rng.integers(len(phrases))].split(), rng.integers(2)
-            cut = int(rng.integers(1, 3))
-            say(('Learn: ' if again else 'Recite: ') + ' '.join(words[:cut]) + '\n' * (not again))
-            recall(' ' + ' '.join(words[cut:]) + '.')
-            say('\n', SAY)
-            if again:
-                say(TOLD, SAY)
-    return np.array(ids[:length]), np.array(weights[:length], np.uint16)
+            row.learn(words, int(rng.integers(1, 3)), again)
+    return np.array(row.ids[:length]), np.array(row.weights[:length], np.uint16)
