@@ -75,6 +75,7 @@ mutants: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache

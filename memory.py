@@ -126,14 +126,14 @@ class NeuralMemory(CompiledMethods):
             if self.gates == 'sigmoid':
                 self.c_gates.bias.data.copy_(torch.tensor(self.learned).logit().repeat_interleave(H))
 
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> MemoryState:
         """A fresh memory: M_0, no surprise."""
         weights = wide(self.initial).expand(batch_size, *self.initial.shape).clone()  # clone: FSDP frees the parameter
         tail = weights.new_zeros(batch_size, 0 if self.conv is None else self.conv.size(2) - 1, 3 * self.n_head, self.head_dim)
         surprise = torch.zeros_like(weights if self.start[1] else weights[:, :, :0])
         return MemoryState(weights, surprise, tail, weights.new_zeros(batch_size, 3, self.n_head))
 
-    def restart(self, state, rows):
+    def restart(self, state: MemoryState, rows: torch.Tensor) -> MemoryState:
         """The rows (B,) that are True begin with a fresh memory. The count of what was written goes on."""
         return where(rows, self.init_state(rows.size(0)), state)._replace(written=state.written)
 
@@ -206,7 +206,8 @@ class NeuralMemory(CompiledMethods):
         """
         return kernels.join(y, q, wide(self.gain)).flatten(2).to(dtype)  # of size 0.1 at first
 
-    def forward(self, x, state=None, update_memory=True):
+    def forward(self, x: torch.Tensor, state: MemoryState | None = None, update_memory: bool = True
+                ) -> tuple[torch.Tensor, MemoryState]:
         """
         Write x (B, T, C), any T >= 1, and read after each token: y_t = M_t q_t. -> out (B, T, C), state
         update_memory=False reads the memory as it is and leaves it so.
@@ -233,7 +234,7 @@ class NeuralMemory(CompiledMethods):
         """Whether a token is generated, which is faster in a single call than step by step. Not for another recurrence."""
         return x.size(1) == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and native.usable(x)
 
-    def retrieve(self, x, state):
+    def retrieve(self, x: torch.Tensor, state: MemoryState) -> torch.Tensor:
         """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
         q, _ = self.query(x, state.tail[:, :, :self.n_head])
         return self.recall(q, state.weights, x.dtype)

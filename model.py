@@ -13,6 +13,7 @@ Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, 
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, NamedTuple
 
@@ -347,7 +348,7 @@ class Block(CompiledMethods):
     What the architectures share. They differ in mix(x (B, T, C), state, pos, update_memory) -> x, state, where the first token
     of x is the pos-th of the text. What is read from memory goes through c_proj and is added to the stream.
     """
-    unused = ()  # options of TitansConfig that the architecture does not look at
+    unused: tuple[str, ...] = ()  # options of TitansConfig that the architecture does not look at
     Norm, Attention, MLP = RMSNorm, Attention, MLP
 
     def __init__(self, config, has_memory):
@@ -422,7 +423,7 @@ class MAGBlock(Block):
         o_t = Attn([P | x])_t + W M_t(q(x_t))
     Residual, then the MLP. (The paper multiplies the two branches; docs/log.md has both.)
     """
-    unused = ('segment_len', 'num_longterm_mem', 'checkpoint_segments')
+    unused: tuple[str, ...] = ('segment_len', 'num_longterm_mem', 'checkpoint_segments')
 
     def mix(self, x, state, pos, update_memory):
         u = self.norm_1(x)
@@ -644,7 +645,7 @@ class TitansGPT(nn.Module):
         for block in self.blocks:
             block.compile_step()
 
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> TitansState:
         return TitansState(0, tuple(block.init_state(batch_size) for block in self.blocks))
 
     def embed(self, idx, pos):
@@ -678,7 +679,9 @@ class TitansGPT(nn.Module):
                 need(x.size(0) == B and x.dtype in dtypes, 'state', f"of {B} rows in {dtypes[0]}, as idx and the model are",
                      f"of {x.size(0)} rows in {x.dtype}")
 
-    def forward(self, idx, targets=None, state=None, update_memory=True, weights=None, begins=None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, state: TitansState | None = None,
+                update_memory: bool = True, weights: torch.Tensor | None = None, begins: dict[int, torch.Tensor] | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None, TitansState]:
         """
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits (B, T, vocab) and their
         mean cross-entropy in nats; without: logits of the last position (B, 1, vocab) and None. weights (B, T), of mean 1
@@ -713,8 +716,9 @@ class TitansGPT(nn.Module):
                             for block in state.blocks if block.memory is not None])
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-               state=None, update_memory=True):
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+               state: TitansState | None = None, update_memory: bool = True) -> Iterator[tuple[torch.Tensor, TitansState]]:
         """
         Yield max_new_tokens tokens (B, 1) after the prompt idx (B, T >= 1), one at a time, each with the state in which all
         before it has been read exactly once: to go on from there, pass on that state and begin the next prompt with the token.
@@ -730,11 +734,11 @@ class TitansGPT(nn.Module):
         for made in range(1, max_new_tokens + 1):
             token = sample_token(logits[:, -1].float(), seen, temperature, top_k, top_p, min_p, repetition_penalty)
             seen = seen.scatter(1, token, True)
-            yield token, state
+            yield token, state  # type: ignore[misc]  # the prompt has at least one token
             if made < max_new_tokens:
                 logits, _, state = self(token, state=state, update_memory=update_memory)
 
-    def generate(self, idx, max_new_tokens, *args, **options):
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **options) -> torch.Tensor:
         """The prompt idx (B, T) and its continuation (B, T + max_new_tokens); the other arguments are those of stream()."""
         return torch.cat((idx, *(token for token, _ in self.stream(idx, max_new_tokens, *args, **options))), dim=1)
 

@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 
 import torch
 
 from gpt2 import MODELS
-from model import BlockState, KVCache, MemoryState, TitansConfig, TitansState, map_state
+from model import BlockState, KVCache, MemoryState, TitansConfig, TitansGPT, TitansState, map_state
 from nanotitans.configurator import UserError
 from nanotitans.files import error_reason, link_or_copy, sync_folder
 
@@ -27,7 +28,7 @@ OLDER = "d3538b1"  # the last commit that reads formats before 6, whose memories
 STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
 
 
-def save(path, content, copies=()):
+def save(path: str, content: dict, copies: Sequence[str] = ()) -> None:
     """A checkpoint, and under the other names in `copies` too. UserError if it cannot be written."""
     write(path, {'format': FORMAT, **content}, copies)
 
@@ -60,7 +61,7 @@ def write(path, content, copies=(), mode=None):
             os.remove(partial)
 
 
-def load(path):
+def load(path: str) -> dict:
     """The content that save() wrote, on the CPU. UserError if the file is missing, damaged or not one of ours."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
@@ -102,7 +103,7 @@ def glance(path, key, kind):
     return found if type(found) is kind else None
 
 
-def step_of(path):
+def step_of(path: str) -> int:
     """The step of a checkpoint; -1 if there is none that can be read."""
     step = glance(path, 'step', int)
     return -1 if step is None else step
@@ -123,7 +124,7 @@ def name_at(out_dir, step):
     return os.path.join(out_dir, f'ckpt-{step:08}')
 
 
-def numbered(out_dir, folders=False):
+def numbered(out_dir: str, folders: bool = False) -> dict[int, str]:
     """{step: path} of the checkpoints in out_dir that have their step in their name: files, or folders of shards."""
     end = '' if folders else r'\.pt'
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
@@ -183,7 +184,7 @@ def set_aside(out_dir):
 # -- what is in them
 
 
-def build(content, path, dropout=None):
+def build(content: dict, path: str, dropout: float | None = None) -> TitansGPT:
     """The model of a checkpoint. UserError if its weights do not fit its own configuration."""
     try:
         options = TitansConfig(**content['model_config'] | ({} if dropout is None else {'dropout': dropout}))

@@ -379,7 +379,7 @@ class Dataset:
 
     # -- batches
 
-    def num_starts(self, split, block_size):
+    def num_starts(self, split: str, block_size: int) -> int:
         """How many offsets a block and its targets can start from; of documents, how many units there are."""
         if self.row_len and block_size >= self.row_len:
             longer = f", or prepare longer rows with --block_size={block_size}" if self.name in ('needle', 'talk') else ''
@@ -392,7 +392,7 @@ class Dataset:
             return int(self.places[split][-1]) // self.unit
         return self.tokens[split] // self.row_len if self.row_len else self.tokens[split] - block_size
 
-    def random(self, split, rows, block_size, rng, mine=slice(None)):
+    def random(self, split: str, rows: int, block_size: int, rng: np.random.Generator, mine: slice = slice(None)) -> Batch:
         """The Batch at offsets drawn from the generator `rng`; of all rows only `mine`."""
         starts = rng.integers(0, self.num_starts(split, block_size), rows)[mine]
         starts = starts * (self.row_len or self.unit or 1)

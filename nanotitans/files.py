@@ -6,22 +6,23 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 
 from nanotitans.configurator import UserError
 
 
-def error_reason(*errors):
+def error_reason(*errors: BaseException | None) -> str:
     """What the system said, if any of the errors or of those behind them goes back to it; else what the last one says."""
     for error in errors:
         while error is not None:
-            if getattr(error, 'strerror', None):
+            if isinstance(error, OSError) and error.strerror:
                 return error.strerror
             error = error.__cause__ or error.__context__
     said = f"{type(errors[-1]).__name__} {errors[-1]}" if isinstance(errors[-1], KeyError) else str(errors[-1])
     return (said or type(errors[-1]).__name__).splitlines()[0]
 
 
-def sync_folder(path):
+def sync_folder(path: str) -> None:
     """A rename lasts through a power failure once the folder is on the disk too."""
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
@@ -30,7 +31,7 @@ def sync_folder(path):
         os.close(folder)
 
 
-def link_or_copy(path, copy):
+def link_or_copy(path: str, copy: str) -> None:
     """Another name for a file, in place of what had that name; a copy of it where the disk has no such thing."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(copy + '.partial')
@@ -44,7 +45,7 @@ def link_or_copy(path, copy):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: str) -> Iterator[str]:
     """A name to write under, that becomes `path` when all is written. UserError if it cannot be."""
     try:
         yield path + '.partial'
@@ -56,13 +57,13 @@ def atomic_write(path):
             os.remove(path + '.partial')
 
 
-def save_json(path, content, indent=None):
+def save_json(path: str, content: object, indent: int | None = None) -> None:
     """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
     with atomic_write(path) as partial, open(partial, 'w', encoding='utf-8') as f:
         json.dump(content, f, indent=indent)
 
 
-def read_text(path, what='text', most=-1):
+def read_text(path: str, what: str = 'text', most: int = -1) -> str:
     """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
     name = 'standard input' if path == '-' else path or "''"
     most = most if most < 2 ** 28 else -1  # Python takes memory for all that is asked for, before it reads

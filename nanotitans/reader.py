@@ -3,11 +3,13 @@ A trained model, opened from its checkpoint to read and to go on from text.
 """
 import hashlib
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from model import TitansState
 from nanotitans import checkpoint
 from nanotitans.configurator import UserError
 from nanotitans.device import pick_device, pick_dtype
@@ -22,15 +24,15 @@ class ReaderConfig:
     device: str = 'auto'          # cuda, mps or cpu, whichever there is, in this order
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 on a GPU that has it, else float32
 
-    def path(self, out_dir=None):
+    def path(self, out_dir: str | None = None) -> str:
         return os.path.join(out_dir or self.out_dir, self.checkpoint + '.pt')
 
-    def open(self, out_dir=None):
+    def open(self, out_dir: str | None = None) -> 'Reader':
         """-> the Reader of this run, or of another one"""
         return Reader(self.path(out_dir), self.device, self.dtype)
 
 
-def modes(reader, update_memory=True, control=True):
+def modes(reader: 'Reader', update_memory: bool = True, control: bool = True) -> dict[str, bool]:
     """
     How an evaluation reads a model: {title: update_memory}. The control is the same model with its memory never written;
     update_memory=False asks for the control alone, control=False for none.
@@ -55,7 +57,7 @@ class Reader:
         self.dtype = pick_dtype(dtype, self.device)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def about(self):
+    def about(self) -> dict:
         """
         Which model it is, and in which arithmetic: what an evaluation's numbers depend on, to be kept beside them. To be asked
         before the work: a run that goes on puts another checkpoint into this one's place.
@@ -65,7 +67,7 @@ class Reader:
         return {'checkpoint': self.path, 'step': self.content['step'], 'sha256': sha256,
                 'dtype': str(self.dtype).removeprefix('torch.'), 'device': self.device.type}
 
-    def encode(self, text):
+    def encode(self, text: str) -> torch.Tensor:
         """-> ids (1, T)"""
         return torch.tensor([self.tokenizer.encode(text)], dtype=torch.long, device=self.device)
 
@@ -74,8 +76,9 @@ class Reader:
         return idx.split(self.model.config.block_size, dim=1) if idx.size(1) else ()
 
     @torch.no_grad()
-    def read(self, idx, state=None, update_memory=True):
-        """Read idx (B, T >= 0), or a list of ids, without saying anything. -> state"""
+    def read(self, idx: torch.Tensor | list[int], state: TitansState | None = None, update_memory: bool = True
+             ) -> TitansState | None:
+        """Read idx (B, T >= 0), or a list of ids, without saying anything. -> state; None if there was nothing to read"""
         idx = torch.tensor([idx], dtype=torch.long, device=self.device) if isinstance(idx, list) else idx
         with self.autocast:
             for piece in self.blocks(idx):
@@ -83,7 +86,7 @@ class Reader:
         return state
 
 
-def until_stop(texts, stops):
+def until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """Pass texts on up to where one of `stops` begins; what may be the beginning of one waits for what follows."""
     held = ''
     for text in texts:

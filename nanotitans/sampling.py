@@ -4,7 +4,8 @@ import math
 import torch
 
 
-def sample_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty):
+def sample_token(logits: torch.Tensor, seen: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
+                 min_p: float | None, repetition_penalty: float) -> torch.Tensor:
     """One token a row from logits (B, vocab); seen (B, vocab) marks what the repetition penalty bears on. -> (B, 1)"""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 
-def generator(purpose, *numbers):
+def generator(purpose: str, *numbers: int) -> np.random.Generator:
     """
     A NumPy generator for a purpose, such as 'needle evaluation', and whole numbers, such as seed and row. Another purpose or
     another list of numbers gives another generator. (NumPy alone pads seeds with zeros: [5], [5, 0] and [5, 0, 0] are one.)

@@ -4,6 +4,7 @@ From text to token ids and back: bytes, characters, words of a list, or GPT-2's 
 import codecs
 import collections
 import re
+from collections.abc import Iterable, Iterator
 
 from nanotitans.configurator import UserError
 
@@ -40,7 +41,7 @@ class Tokenizer:
         else:
             raise UserError(f"tokenizer '{spec['kind']}' is not one of byte, char, word, gpt2")
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """text -> list of ids. UserError on a character a char tokenizer lacks."""
         if self.spec['kind'] == 'byte':
             return list(text.encode('utf-8', errors='surrogateescape'))
@@ -55,7 +56,7 @@ class Tokenizer:
                                 f"{''.join(self.chars)!r}")
         return [self.ids[char] for char in text]
 
-    def bytes_of(self, token):
+    def bytes_of(self, token: int) -> bytes:
         if token >= self.vocab_size:  # a padded vocabulary has more
             return b''
         if self.spec['kind'] == 'byte':
@@ -66,14 +67,14 @@ class Tokenizer:
             return self.words[token]
         return self.bpe.decode_single_token_bytes(token)
 
-    def decode_stream(self, tokens):
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text as it becomes complete: a token may end inside a UTF-8 character."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         for token in tokens:
             yield decoder.decode(self.bytes_of(token))
         yield decoder.decode(b'', final=True)
 
-    def decode(self, tokens):
+    def decode(self, tokens: Iterable[int]) -> str:
         return ''.join(self.decode_stream(tokens))
 
 

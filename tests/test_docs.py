@@ -147,7 +147,8 @@ def test_every_link_leads_somewhere():
             assert there.exists(), f"{name(path)}: {target}"
             assert not anchor or anchor in anchors(there), f"{name(path)}: {target}"
         for file in re.findall(r'`((?:\w+/)*\w+\.py)`', text):
-            assert any((base / file).exists() for base in (HERE, HERE / 'tests', HERE / 'examples', HERE / 'nanotitans')), f"{name(path)}: {file}"
+            folders = HERE, HERE / 'tests', HERE / 'examples', HERE / 'nanotitans'
+            assert any((folder / file).exists() for folder in folders), f"{name(path)}: {file}"
 
 
 NAMESPACES = {name: importlib.import_module(module) for name, module in (

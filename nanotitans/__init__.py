@@ -1,0 +1,1 @@
+"""What the files at the top share."""

@@ -1,0 +1,1 @@
+"""What is made up to be remembered: rows of tokens, and how much each counts as a target."""
