@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 import typing
 from pathlib import Path
@@ -234,3 +236,11 @@ def test_the_ten_lines_run(place, capsys):
     said = capsys.readouterr().out
     assert 'step     4/4' in said and 'Once' in said
     assert {'ckpt.pt', 'best.pt', 'log.jsonl', 'loss.png', 'context.json'} <= set(os.listdir('out/book'))
+
+
+@pytest.mark.parametrize('script, absent', [
+    ('plot', 'torch'), ('eval_recall', 'nanotitans.parallel'), ('eval_recall', 'nanotitans.conversation'),
+    ('sample', 'nanotitans.parallel')])
+def test_a_script_loads_only_what_it_needs(script, absent):
+    command = f"import sys, {script}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', command], cwd=HERE).returncode == 0
