@@ -8,6 +8,13 @@ Train a model.
 
 --print_config shows what would run, --help every option. Ctrl-C, SIGTERM and SIGUSR1 save and stop. docs/multi-node.md has many
 machines, SLURM and preemption.
+
+    row              one sequence of a batch, block_size tokens
+    document         a text in a row; with doc_reset it begins with a fresh memory
+    micro-batch      the rows of one forward and backward pass
+    span             the tokens of a micro-batch between two cuts of the graph (tbptt)
+    carried state    what a row's memory and attention know when a step ends, and what its next step begins with
+    never written    of a memory: read, but not updated (update_memory=False); the control of every evaluation
 """
 import dataclasses
 import math

@@ -20,7 +20,7 @@ from test_cli import TEXT, TINY
 import model
 import prepare
 import train
-from nanotitans import configurator
+from nanotitans import configurator, option_table
 
 HERE = Path(__file__).resolve().parent.parent
 README = HERE / 'README.md'
@@ -178,6 +178,18 @@ def test_every_name_is_in_the_code(page):
     names = set(re.findall(r'`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*?\)|=\w+)?`', text)) - options - choices - methods
     assert not [name for name in sorted(names) if not name.endswith(('.py', '.c', '.md', '.pt')) and not resolves(name)]
     assert not resolves('NeuralMemory.chunk') and not resolves('kernels.fold')
+
+
+def test_the_table_of_options_is_that_of_the_code():
+    assert (HERE / 'docs' / 'options.md').read_text() == option_table.page(), "run python -m nanotitans.option_table"
+
+
+def test_every_option_says_what_it_is():
+    for script in SCRIPTS:
+        if script.parent == HERE:
+            for c in vars(importlib.import_module(script.stem)).values():
+                if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__name__.endswith('Config'):
+                    assert set(configurator.comments(c)) >= {f.name for f in dataclasses.fields(c)}, c
 
 
 def test_every_file_is_in_the_readme():
