@@ -9,6 +9,7 @@ The text is read twice, with the memory as trained and with the memory never wri
     memory.html          one page, to be opened from the disk
     memory_tokens.json   its numbers: what recorder.py has of each token and layer, and the loss with memory and without
     memory_text.png      surprise and gates of each layer, over the tokens
+    memory_words.png     the first 600 tokens as text, the darker the larger theta
     memory_norms.png     the size of M, of S and of what is read, surprise, and the nats won, by windows
 """
 import codecs
@@ -30,6 +31,8 @@ from nanotitans.reader import ReaderConfig
 from nanotitans.recorder import TOKEN, WRITE, record
 
 MOST_WINDOWS = 400  # points of a curve
+WORDS = 600         # tokens shown as text
+COLUMNS = 100       # characters of a line of them
 WINDOW = 64  # tokens a point is of, where there are no segments
 MOST_COLUMNS = 1500  # of memory_text.png
 
@@ -101,10 +104,10 @@ def read(reader, ids):
     (layers, T) or (layers, W), with `blocks`, `ends`, `tokens`, and of each token `loss` and `loss_off`, None for the first
     """
     with tqdm(total=2 * len(ids), unit='tok', unit_scale=True) as bar:
-        bar.set_description('memory on')
+        bar.set_description('memory')
         with record(reader.model) as seen:
             on = losses(reader, ids, True, bar)
-        bar.set_description('memory off')
+        bar.set_description('never written')
         off = losses(reader, ids, False, bar)
     numbers = {name: getattr(seen, name)[:, 0].tolist() for name in TOKEN + WRITE}
     return {'tokens': ids, 'blocks': seen.blocks, 'loss': [None, *on], 'loss_off': [None, *off], **numbers, 'ends': seen.ends}
@@ -145,6 +148,30 @@ def draw_text(content, segment_len, path):
     marked = segment_len and T // segment_len <= 200
     axes[-1].set_xticks(range(0, T + 1, segment_len) if marked else (), minor=True)
     axes[-1].set_xlabel(f'token, a tick for every segment of {segment_len}' if marked else 'token')
+    save_figure(figure, path)
+
+
+def draw_words(cells, theta, path):
+    """The first WORDS tokens as they are read, each the darker the larger its theta, mean over layers."""
+    plt, size = pyplot(), 9  # points; a character of a monospaced font is 0.602 of it wide
+    boxes, column, line, at = [], 0, 0, 0
+    for text, n in cells[:WORDS]:
+        strength = float(np.mean(theta, axis=0)[at:at + n].max())
+        at += n
+        for i, part in enumerate(text.expandtabs(4).split('\n')):
+            if i or column + len(part) > COLUMNS:
+                column, line = 0, line + 1
+            boxes.append((column, line, part, strength))
+            column += len(part)
+    strongest = max(strength for *_, strength in boxes) or 1.0
+    figure = plt.figure(figsize=(COLUMNS * 0.602 * size / 72, (line + 1) * 1.5 * size / 72))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, COLUMNS), ylim=(line + 1, 0))
+    axes.axis('off')
+    colours = plt.get_cmap('Oranges')
+    for column, line, part, strength in boxes:
+        if strength:
+            axes.add_patch(plt.Rectangle((column, line), len(part), 1, color=colours(0.1 + 0.6 * strength / strongest)))
+        axes.text(column, line + 0.5, part.replace('$', r'\$'), family='monospace', fontsize=size, va='center')
     save_figure(figure, path)
 
 
@@ -204,12 +231,13 @@ def main(argv):
     name = 'standard input' if config.text == '-' else os.path.basename(os.fsencode(config.text)).decode(errors='replace')
     with atomic_write(html) as partial, open(partial, 'w', encoding='utf-8', newline='') as f:
         f.write(page.page(name, sums, cells(reader.tokenizer, ids), content, ends, curves, segment_len))
-    files = ('memory_tokens.json', *('memory_text.png', 'memory_norms.png') * config.png)
+    files = ('memory_tokens.json', *('memory_text.png', 'memory_norms.png', 'memory_words.png') * config.png)
     written = [html, *(os.path.join(config.out_dir, file) for file in files)]
     save_json(written[1], {'text': name, 'segment_len': segment_len, **content})
     if config.png:
         draw_text(content, segment_len, written[2])
         draw_norms(ends, curves, content['blocks'], written[3])
+        draw_words(cells(reader.tokenizer, ids), content['theta'], written[4])
     for label, value, note in sums:
         print(f"{label:9} {value:>8}  {note}")
     print(f"wrote {', '.join(written)}")
