@@ -89,7 +89,8 @@ class NeuralMemory(CompiledMethods):
         self.c_qkv = nn.Linear(C, 3 * C, bias=False)
         self.conv = nn.Parameter(torch.empty(3 * H, C // H, K)) if K else None  # 3-d: no weight decay
         self.initial = nn.Parameter(self.empty(config))  # M_0
-        self.gates, self.start = config.memory_gates, (config.memory_lr, config.memory_momentum, config.memory_decay)
+        self.gates, self.max_lr = config.memory_gates, config.memory_max_lr
+        self.start = config.memory_lr, config.memory_momentum, config.memory_decay
         self.learned = tuple(s for i, s in enumerate(self.start) if i != 1 or s > 0)  # no momentum: no gate for it
         self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, len(self.learned) * H)
         self.gain = nn.Parameter(torch.empty(2, H, C // H))  # of what is read, of the query beside it
@@ -164,12 +165,14 @@ class NeuralMemory(CompiledMethods):
 
     def largest_step(self, eta):
         """
-        The largest theta at which the memory is stable whatever the keys and the other gates do (for one eta for ever,
-        (1 - eta) / (1 + eta); docs/equations.md has the proof), and 1/2 at most, which takes an error away: a larger step would
-        overshoot, and what is shown twice be known less well than what is shown once.
+        The largest theta: memory_max_lr, or less where the memory would not be stable whatever the keys and the other gates do
+        (for one eta for ever, (1 - eta) / (1 + eta); docs/equations.md has the proof). A theta of 1/2 takes an error away; a
+        larger one overshoots.
         """
         start = self.start[1]
-        return 0.5 if start == 0 else ((1 - eta * eta) / ((1 + start) * (1 + eta * eta / start))).clamp(max=0.5)
+        if start == 0:
+            return self.max_lr
+        return ((1 - eta * eta) / ((1 + start) * (1 + eta * eta / start))).clamp(max=self.max_lr)
 
     def gate(self, x):
         """theta, eta, alpha of each token of x (B, T, C), in float32 at least: 1 - alpha needs it.   (B, T, 3, H)"""

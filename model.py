@@ -57,6 +57,7 @@ class TitansConfig:
     memory_conv: Natural = 4        # kernel of the causal depthwise convolution on q, k, v; 0 = none
     memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'  # hard: clamped linear, can be exactly 0
     memory_lr: float = 0.4      # where theta starts, over the largest it may be (NeuralMemory.largest_step)
+    memory_max_lr: Annotated[float, Range(0, 1, open_below=True)] = 0.5  # the largest theta; above 1/2 a write overshoots
     memory_momentum: float = 0.0   # where eta starts; 0 = no momentum at all
     memory_decay: float = 0.001    # where alpha starts: half of the memory is gone after ln 2 / alpha tokens
     memory_layers: str = 'all'  # blocks that have a memory: 'all', 'none' or a list such as '0,2'

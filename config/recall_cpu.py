@@ -8,7 +8,8 @@ n_embd = 64
 memory_heads = 1
 segment_len = 32
 window_len = 32
-memory_lr = 0.6
+memory_max_lr = 1.0     # pairs are shown once: a step that overshoots stores more of them
+memory_lr = 0.3
 
 block_size = 256
 batch_size = 16

@@ -62,7 +62,7 @@ def memory_rows(run):
     """The rows of the table that are about the memory: its size, and where its gates start."""
     config = run.config
     theta_share, eta, alpha = config.memory_lr, config.memory_momentum, config.memory_decay
-    theta = theta_share * min((1 - eta) / (1 + eta), 0.5)  # NeuralMemory.largest_step at the start
+    theta = theta_share * min((1 - eta) / (1 + eta), config.memory_max_lr)  # NeuralMemory.largest_step at the start
     size = sum(b.memory.initial.nbytes for b in run.raw.blocks if b.memory is not None) * (2 if eta else 1)
     in_c = native.usable(next(run.raw.parameters())) and config.memory_depth == 1
     half_life = {0: 'never', 1: 'at once'}.get(alpha) or f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens"

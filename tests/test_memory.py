@@ -186,13 +186,14 @@ def test_the_bound_is_tight():
 
 
 @pytest.mark.parametrize('gates', ['sigmoid', 'hard', 'fixed'])
-@pytest.mark.parametrize('momentum', [0.5, 0.0])
-def test_gates_start_where_the_config_says(gates, momentum):
-    """theta at memory_lr times the largest step: a third with a momentum of 1/2, a half without."""
+@pytest.mark.parametrize('momentum, max_lr, largest', [
+    (0.5, 0.5, 1 / 3), (0.5, 1.0, 1 / 3), (0.5, 0.2, 0.2), (0.0, 0.5, 0.5), (0.0, 1.0, 1.0)])
+def test_gates_start_where_the_config_says(gates, momentum, max_lr, largest):
+    """theta at memory_lr times the largest step: memory_max_lr, but a third at most with a momentum of 1/2."""
     config = TitansConfig(n_layer=1, n_head=1, n_embd=8, memory_heads=2, memory_gates=gates, memory_lr=0.2, memory_decay=0.01,
-                          memory_momentum=momentum)
+                          memory_momentum=momentum, memory_max_lr=max_lr)
     found = NeuralMemory(config).gate(torch.randn(2, 3, 8))
-    want = torch.tensor((0.2 * (1 / 3 if momentum else 1 / 2), momentum, 0.01))
+    want = torch.tensor((0.2 * largest, momentum, 0.01))
     torch.testing.assert_close(found, want[:, None].expand(2, 3, 3, 2), rtol=1e-5, atol=1e-7)
 
 

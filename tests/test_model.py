@@ -451,7 +451,7 @@ def test_defaults_stay():
         768, 'dropout': 0.0, 'bias': False, 'tie_weights': True, 'segment_len': 128, 'checkpoint_segments': False,
         'window_len': 128, 'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1,
         'memory_expansion': 2, 'memory_values': 0, 'memory_heads': 0, 'memory_conv': 4, 'memory_gates': 'sigmoid',
-        'memory_lr': 0.4, 'memory_momentum': 0.0, 'memory_decay': 0.001, 'memory_layers': 'all'}
+        'memory_lr': 0.4, 'memory_max_lr': 0.5, 'memory_momentum': 0.0, 'memory_decay': 0.001, 'memory_layers': 'all'}
 
 
 @pytest.mark.parametrize('options, words', [
