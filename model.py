@@ -109,7 +109,6 @@ class TitansConfig:
                     ", with an even width for each, since rotary positions turn pairs of channels" if least == 2 else "") + "; "
                     + (f"{name}={min(fits, key=lambda h: abs(h - heads))} or " if fits else "")
                     + f"n_embd={nearest(C, least * heads)} fits")
-
         if blocks and self.memory_values > C // self.memory_heads:
             raise ValueError(f"memory_values={self.memory_values} must be at most {C // self.memory_heads}, a head's width")
 

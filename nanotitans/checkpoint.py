@@ -68,7 +68,7 @@ def load(path: str) -> dict:
         if numbered(folder, folders=True):
             raise UserError(f"{path}: only sharded checkpoints here; make it with: python -m nanotitans.sharded {folder}")
         raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
-    content = read(path, 'checkpoint', others(path))
+    content = read(path, 'checkpoint', fallback_hint(path))
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         older = isinstance(content, dict) and content.get('format') in range(1, FORMAT)
         raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew"
@@ -144,7 +144,7 @@ def prune(out_dir, step, keep_last, keep=(), folders=False):
                 raise UserError(f"cannot remove {path}: {error.strerror}") from None
 
 
-def others(path):
+def fallback_hint(path):
     kept = list(numbered(os.path.dirname(path) or '.').values())
     return f"; the one before it is {kept[-2]}: copy it to {path}" if len(kept) > 1 and path.endswith('ckpt.pt') else ''
 

@@ -35,8 +35,8 @@ def show_text(text, end='\n'):
 
 class Conversation:
     """
-    What a model has been told and has said. Whenever it is broken off, `state` is that of all before `unread`, the token (1, 1)
-    that was said or heard last and will be read first; (1, 0): none.
+    What a model has been told and has said. `state` covers everything before `unread`, the last token (1, 1) that was heard or
+    said and is read next; (1, 0): none. That holds whenever the conversation is interrupted.
     """
 
     def __init__(self, config):

@@ -39,8 +39,8 @@ class Writer:
     """
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`
     With row_len every add() is one row and its weights; with document_end, the token they end with, a document.
-    With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; broken off, it goes on from the last
-    turn: `source` is what was given there, None at the start. `about` {name: value} says what the text is.
+    With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; if interrupted, it resumes at the
+    last finished shard: `source` is the position passed to turn() then, None at the start. `about` {name: value} says what the text is.
     With made_from, sums of the user's texts, a data set that was made from others is not replaced.
     """
 
@@ -252,7 +252,7 @@ class Dataset:
         try:
             with open(os.path.join(self.folder, 'meta.json'), encoding='utf-8') as f:
                 self.meta = json.load(f)
-            sizes = self.understand(self.meta)
+            sizes = self.parse_meta(self.meta)
         except OSError:
             raise UserError(f"data set '{name}' is not prepared in {data_dir}/; {self.remedy}") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -273,7 +273,7 @@ class Dataset:
             self.places = {split: np.cumsum([0, *(self.layout(split, i)[1][-1] for i in range(len(shards)))])
                            for split, shards in self.shards.items()}
 
-    def understand(self, meta):
+    def parse_meta(self, meta):
         """Take over what meta.json says. -> {file: bytes it must have}; ValueError and the like if it makes no sense."""
         def need(ok):
             if not ok:

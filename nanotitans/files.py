@@ -12,7 +12,7 @@ from nanotitans.configurator import UserError
 
 
 def error_reason(*errors: BaseException | None) -> str:
-    """What the system said, if any of the errors or of those behind them goes back to it; else what the last one says."""
+    """The operating system's message if one is in the chain of causes, else the last error's own."""
     for error in errors:
         while error is not None:
             if isinstance(error, OSError) and error.strerror:
@@ -23,7 +23,7 @@ def error_reason(*errors: BaseException | None) -> str:
 
 
 def sync_folder(path: str) -> None:
-    """A rename lasts through a power failure once the folder is on the disk too."""
+    """Write the folder of `path` to the disk, so that a rename in it survives a power failure."""
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -32,7 +32,7 @@ def sync_folder(path: str) -> None:
 
 
 def link_or_copy(path: str, copy: str) -> None:
-    """Another name for a file, in place of what had that name; a copy of it where the disk has no such thing."""
+    """Give a file another name, replacing what had that name; copy it where the disk cannot link."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(copy + '.partial')
     try:
@@ -46,7 +46,7 @@ def link_or_copy(path: str, copy: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[str]:
-    """A name to write under, that becomes `path` when all is written. UserError if it cannot be."""
+    """Yield a temporary name to write to; it is renamed to `path` at the end. UserError if that cannot be done."""
     try:
         yield path + '.partial'
         os.replace(path + '.partial', path)
@@ -58,7 +58,7 @@ def atomic_write(path: str) -> Iterator[str]:
 
 
 def save_json(path: str, content: object, indent: int | None = None) -> None:
-    """Results for people and scripts, whole or not at all. UserError if they cannot be written."""
+    """Write JSON, whole or not at all. UserError if it cannot be written."""
     with atomic_write(path) as partial, open(partial, 'w', encoding='utf-8') as f:
         json.dump(content, f, indent=indent)
 

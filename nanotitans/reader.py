@@ -59,8 +59,8 @@ class Reader:
 
     def about(self) -> dict:
         """
-        Which model it is, and in which arithmetic: what an evaluation's numbers depend on, to be kept beside them. To be asked
-        before the work: a run that goes on puts another checkpoint into this one's place.
+        Which model this is and how it computes: what an evaluation's numbers depend on, saved with them. Call it before the
+        work, since a run that goes on replaces the checkpoint.
         """
         with open(self.path, 'rb') as f:
             sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
@@ -87,7 +87,7 @@ class Reader:
 
 
 def until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pass texts on up to where one of `stops` begins; what may be the beginning of one waits for what follows."""
+    """Yield texts up to the first of `stops`. What may be the beginning of a stop is held back until more text comes."""
     held = ''
     for text in texts:
         held += text
