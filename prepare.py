@@ -340,7 +340,7 @@ def crawl(name, config, total, *where):
         except Exception as error:  # the library passes on whatever hub and network raise
             reason = f"{type(error).__name__}: {str(error) or 'no reason given'}".splitlines()[0]
             raise UserError(f"{name} broke off after {done:,} documents: {what} cannot be read ({reason}); the same command "
-                            "goes on from the last shard") from None
+                            "goes on from the last shard") from error
 
 
 def open_stream(datasets, source, where):

@@ -88,7 +88,7 @@ def read(path, what, instead=''):
             damaged = file.testzip()
         content = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a readable {what}, truncated or not ours ({type(error).__name__}){instead}") from None
+        raise UserError(f"{path}: not a readable {what}, truncated or not ours ({type(error).__name__}){instead}") from error
     if damaged:
         raise UserError(f"{path}: damaged, {damaged} differs from its checksum{instead}")
     return content
@@ -197,7 +197,7 @@ def build(content: dict, path: str, dropout: float | None = None) -> TitansGPT:
         model = MODELS[options.backbone](options)
         model.load_state_dict(content['model'])
     except Exception as error:  # anything may stand there
-        raise UserError(f"{path}: the weights do not fit the configuration beside them: {error_reason(error)}") from None
+        raise UserError(f"{path}: the weights do not fit the configuration beside them: {error_reason(error)}") from error
     return model
 
 

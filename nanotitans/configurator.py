@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import textwrap
+import traceback
 import typing
 from typing import Annotated
 
@@ -143,7 +144,7 @@ def read_file(path):
         while line is None and trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else None
             trace = trace.tb_next
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}".replace('\n', ' ')) from None
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}".replace('\n', ' ')) from error
     return {name: value for name, value in space.items() if not name.startswith('_')}
 
 
@@ -206,13 +207,18 @@ def typed(text, what):
 
 
 def run(main):
-    """A script's entry: main() may return an exit status; a UserError is one line on stderr and status 1."""
+    """
+    A script's entry: main() may return an exit status; a UserError is one line on stderr and status 1. With NANOTITANS_TRACE=1
+    in the environment its traceback is shown, too: behind a file that cannot be read may be a mistake of ours.
+    """
     for stream in sys.stdout, sys.stderr:  # what a stream's encoding lacks, or is no text, comes out escaped
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
+        if os.environ.get('NANOTITANS_TRACE'):
+            traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: {visible(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, OverflowError, RuntimeError) as error:  # PyTorch's allocators raise RuntimeErrors

@@ -40,8 +40,8 @@ class Writer:
     Writes data/NAME/ beside its place and moves it there when it is complete: `with Writer(...) as w: w.add(...)`
     With row_len every add() is one row and its weights; with document_end, the token they end with, a document.
     With shard_tokens it writes many files, `turn`ing to the next whenever it is `full`; if interrupted, it resumes at the
-    last finished shard: `source` is the position passed to turn() then, None at the start. `about` {name: value} says what the text is.
-    With made_from, sums of the user's texts, a data set that was made from others is not replaced.
+    last finished shard: `source` is the position passed to turn() then, None at the start. `about` {name: value} says what the
+    text is. With made_from, sums of the user's texts, a data set that was made from others is not replaced.
     """
 
     def __init__(self, data_dir, name, tokenizer, row_len=0, document_end=None, shard_tokens=0, about=None, made_from=None):

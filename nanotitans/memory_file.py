@@ -84,7 +84,7 @@ def load(path, model, config, device):
         if len(unread) > 1 or not all(type(t) is int and 0 <= t < config.vocab_size for t in unread):
             raise ValueError("it ends with what is no token")
     except Exception as error:  # anything may stand there
-        raise UserError(f"{path}: changed after it was written: {error_reason(error)}") from None
+        raise UserError(f"{path}: changed after it was written: {error_reason(error)}") from error
     return state, unread
 
 

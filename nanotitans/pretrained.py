@@ -43,7 +43,7 @@ def fetch_gpt2(source):
             raise ValueError(f"the file has no {lacking[0]} that fits")
     except Exception as error:  # transformers passes on whatever its libraries raise
         said = f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:160]}"
-        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({said}); {remedy}") from None
+        raise UserError(f"init_from='{source}': no weights of GPT-2 to be had ({said}); {remedy}") from error
     check_kind(source, found.config)
     return found
 

@@ -205,7 +205,7 @@ def load(folder, like=lambda place: None, rows=slice(None), process=None):
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{folder}: not a readable checkpoint, incomplete or not ours ({type(error).__name__})") from None
+        raise UserError(f"{folder}: not a readable checkpoint, incomplete or not ours ({type(error).__name__})") from error
     return content
 
 

@@ -87,7 +87,7 @@ def gpt2_encoding():
         return tiktoken.get_encoding('gpt2')
     except Exception as error:  # tiktoken passes on whatever its download raises
         raise UserError(f"tiktoken could not get its GPT-2 files ({type(error).__name__}): connect once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has them") from None
+                        "TIKTOKEN_CACHE_DIR to a folder that has them") from error
 
 
 def word_tokenizer(vocabulary, text, size):

@@ -89,7 +89,7 @@ class Tracker:
                                     resume='allow', dir=config.out_dir, config=dataclasses.asdict(config))
         except Exception as error:  # settings and the service raise what they like
             said = ' '.join(str(error).split()).rstrip('.')
-            raise UserError(f"wandb: {said:.200}; log in, or set WANDB_MODE=offline") from None
+            raise UserError(f"wandb: {said:.200}; log in, or set WANDB_MODE=offline") from error
         save_json(path, {'id': self.wandb.id})
 
     def log(self, step, metrics):

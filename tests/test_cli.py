@@ -685,3 +685,15 @@ def test_examples_run_from_anywhere(tmp_path):
         lines = run('long_stream.py', arch, '16384').stdout.splitlines()
         assert len(lines) == 4 and lines[2].split()[1] == lines[3].split()[1]  # the state has the same size
     assert 'give an architecture' in run('long_stream.py', 'rnn').stderr
+
+
+@pytest.mark.parametrize('asked', [True, False])
+def test_the_traceback_behind_a_line_is_shown_on_request(monkeypatch, capsys, asked):
+    def main(argv):
+        raise configurator.UserError("a.pt: damaged") from KeyError('format')
+    monkeypatch.setenv('NANOTITANS_TRACE', '1' if asked else '')
+    monkeypatch.setattr(sys, 'argv', ['script.py'])
+    with pytest.raises(SystemExit):
+        configurator.run(main)
+    said = capsys.readouterr().err
+    assert said.endswith('script.py: a.pt: damaged\n') and ("KeyError: 'format'" in said) == asked
