@@ -29,7 +29,7 @@ demo: .venv/ready
 needle: .venv/ready
 	$(BIN)/python prepare.py needle
 	$(BIN)/python train.py config/needle_cpu.py
-	$(BIN)/python train.py config/needle_gpt_cpu.py
+	$(BIN)/python train.py config/needle_cpu.py --arch=gpt --n_embd=104 --out_dir=out/needle_gpt_cpu
 	$(BIN)/python plot.py out/needle_cpu out/needle_gpt_cpu
 	$(BIN)/python eval_needle.py --out_dir=out/needle_cpu --baseline=out/needle_gpt_cpu --samples=20 --cell_tokens=65536
 
@@ -38,7 +38,7 @@ SAY = $(BIN)/python sample.py --out_dir=out/talk_cpu --interactive --memory=out/
 talk: .venv/ready
 	$(BIN)/python prepare.py talk
 	$(BIN)/python train.py config/talk_cpu.py
-	$(BIN)/python train.py config/talk_gpt_cpu.py
+	$(BIN)/python train.py config/talk_cpu.py --arch=gpt --n_embd=104 --out_dir=out/talk_gpt_cpu
 	$(BIN)/python eval_talk.py --out_dir=out/talk_cpu
 	$(BIN)/python eval_learning.py --out_dir=out/talk_cpu --baseline=out/talk_gpt_cpu
 	printf 'My dog is called Bruno.\nThe code of the garage is 4071.\nMy favourite song is zalima.\n' | $(SAY) --reset_memory
