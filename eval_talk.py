@@ -77,10 +77,10 @@ def draw(results, gaps, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained', sharey=True)
     colors = plt.get_cmap('viridis')(np.linspace(0, 0.85, len(results)))
     for (name, rows), color in zip(results.items(), colors, strict=True):
-        for on, style in (True, '-'), (False, ':'):
+        for mode, row in rows.items():
+            style, label = ('-', f"{name} told") if mode == 'memory' else (':', f"{name} told, {mode}")
             for ax, key in zip(axes, ('right', 'unknown'), strict=True):
-                ax.plot(range(len(gaps)), [100 * r[key] for r in rows['memory' if on else 'never written']], style, marker='o',
-                        color=color, label=f"{name} told" + ('' if on else ', never written'))
+                ax.plot(range(len(gaps)), [100 * r[key] for r in row], style, marker='o', color=color, label=label)
     for ax, title in zip(axes, ('what was told, answered right, %', 'what was not told, known as such, %'), strict=True):
         ax.set(title=title, xlabel='tokens of other text in between', ylim=(-4, 104))
         ax.set_xticks(range(len(gaps)), ['0' if g == 0 else short_count(g) for g in gaps])

@@ -154,11 +154,14 @@ def draw_text(content, segment_len, path):
 def draw_words(cells, theta, path):
     """The first WORDS tokens as they are read, each the darker the larger its theta, mean over layers."""
     plt, size = pyplot(), 9  # points; a character of a monospaced font is 0.602 of it wide
-    boxes, column, line, at = [], 0, 0, 0
-    for text, n in cells[:WORDS]:
-        strength = float(np.mean(theta, axis=0)[at:at + n].max())
+    theta, boxes, column, line, at = np.mean(theta, axis=0), [], 0, 0, 0
+    for text, n in cells:
+        if at >= WORDS:
+            break
+        strength = float(theta[at:at + n].max())
         at += n
         for i, part in enumerate(text.expandtabs(4).split('\n')):
+            part = ''.join(c if c.isprintable() and c.isascii() else '·' for c in part)  # what any font has
             if i or column + len(part) > COLUMNS:
                 column, line = 0, line + 1
             boxes.append((column, line, part, strength))

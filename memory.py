@@ -16,7 +16,7 @@ The long-term memory: a linear layer whose weights are trained by gradient desce
     Read      y_t = M_t q_t, changes nothing
 
 This is the paper's recurrence, exact at every token, with gates that cannot make it blow up: docs/equations.md has its form in
-the paper's symbols and the proof. How it is computed is in kernels.py; memories of more layers are in deep.py.
+the paper's symbols and the proof. It is computed in nanotitans/kernels; memories of more layers are in nanotitans/deep.py.
 
 Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, K memory_conv.
 """

@@ -4,7 +4,7 @@ memories did into memory.png, a row of panels a run, a line a block: gates that 
 are dead. A run may be going on still.
 
     python plot.py out/stdlib_cpu [out/another ...]
-    python plot.py --x=tokens out/compare/*     # or hours, those of training without evaluation; step is the default
+    python plot.py --x=tokens out/compare/*/    # or hours, those of training without evaluation; step is the default
 """
 import json
 import math

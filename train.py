@@ -284,7 +284,7 @@ class Run:
             self.step, self.best_val_loss = content['step'], content['best_val_loss']
             self.best_step, self.skips = content.get('best_step'), content.get('skips', 0)
             self.evaluated = content.get('evaluated', self.step)
-            self.rows_to_reset[content.get('rows_to_reset', [])] = True
+            self.rows_to_reset[content.get('rows_to_reset', content.get('mended', []))] = True
             then, data = content['train_config'], content['provenance']['data']
             states = content['state'] if 'state' in content else content['states']
             if self.step < 0 or self.skips < 0 or not isinstance(self.best_step, int | None):

@@ -10,4 +10,4 @@ for parallel in ddp fsdp; do
       --max_iters=60 --warmup_iters=10 --eval_interval=20 --eval_iters=4 --log_interval=1 --out_dir=out/ranks/$parallel-$world
   done
 done
-run plot.py out/ranks/*
+run plot.py out/ranks/*/

@@ -168,7 +168,7 @@ def line_end(tokenizer):
 
 
 class Commands:
-    """What a line with / does to a sample.Conversation; keep: the file of its memory, or ''; seen: a Record or None."""
+    """What a line with / does to a Conversation; keep: the file of its memory, or ''; seen: a Record or None."""
 
     def __init__(self, chat, keep, seen):
         self.chat, self.keep, self.seen, self.ids = chat, keep, seen, []

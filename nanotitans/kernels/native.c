@@ -1,5 +1,5 @@
 /*
-The long-term memory on a CPU, token by token: what recurrence(), short_conv(), recall() and join() of kernels.py say in PyTorch.
+The long-term memory on a CPU, token by token: what recurrence(), short_conv(), recall() and join() of blocks.py say in PyTorch.
 Forward, backward, float32 and float64. native.py compiles this file once and calls it; it includes itself, once a precision.
 
 Output i of a linear memory is row i of M and never meets another row: only keys, queries and gates are shared. So the rows are
