@@ -1,7 +1,7 @@
 # make demo       from nothing to a sample: install, prepare, train on the CPU, plot, sample (about 5 minutes on 2 cores)
 # make needle     needles in haystacks: train a model and a Transformer, draw where each finds them, with and without memory
 # make talk       a model to talk to: train it, tell it something, quit, ask it again; what repetition teaches it
-# make test       install what is needed, run the tests; make test-fast: those that take about a minute
+# make test       install what is needed, run the tests; make test-fast: without the slow ones, under two minutes
 # make lint       ruff, and mypy on the signatures that others call
 # make compare, family, recall, ablate, graft, bench, ranks   long comparisons: what experiments/NAME.sh says
 # make mutants    break SAMPLE=300 places of the code, drawn by SEED=1, one at a time: do the tests notice? An hour on 2 cores
