@@ -274,7 +274,7 @@ def main(argv):
         print(line)
         return 0
     runs = {title: (asker, writes) for title, writes in modes(asker.reader, config.update_memory, config.control).items()}
-    titles = {name: name for name in runs}  # the baseline's is the name of its folder
+    titles = {name: name for name in runs}  # the baseline gets the name of its folder
     if config.baseline:
         other = Asker(config.open(config.baseline), config, evaluation)
         runs['baseline'], titles['baseline'] = (other, True), os.path.basename(config.baseline.rstrip('/'))

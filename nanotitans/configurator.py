@@ -113,16 +113,20 @@ def comments(cls):
     return found
 
 
+def allowed(hint):
+    """The choices or the range that an annotation gives, as text; '' if any value of the type will do."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    return ', '.join([*filter(None, choices), *map(str, getattr(hint, '__metadata__', ()))])
+
+
 def describe(cls):
     """The options of a dataclass, for --help: default, meaning, choices or range."""
     width = max(shutil.get_terminal_size((100, 0)).columns, 60)
     meaning, hints, lines = comments(cls), typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        limits = [str(limit) for limit in getattr(hint, '__metadata__', ())]
-        limits += [', '.join(filter(None, typing.get_args(hint)))] if typing.get_origin(hint) is typing.Literal else []
         default = repr(f.default)[1:-1] if isinstance(f.default, str) else f.default
-        text = ' '.join([meaning[f.name], *(f'({limit})' for limit in limits)]).strip()
+        values = allowed(hints[f.name])
+        text = f"{meaning[f.name]} ({values})" if values else meaning[f.name]
         name = f"  --{f.name}={default}"
         lines += textwrap.wrap(text, width, initial_indent=f"{name:<36} ", subsequent_indent=' ' * 37) or [name]
     return '\n'.join(lines)

@@ -8,7 +8,7 @@ import typing
 import prepare
 import sample
 import train
-from nanotitans.configurator import comments
+from nanotitans.configurator import allowed, comments
 
 PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'docs', 'options.md')
 
@@ -18,11 +18,8 @@ def table(cls):
     meaning, hints = comments(cls), typing.get_type_hints(cls, include_extras=True)
     rows = ['| option | default | meaning | values |', '|---|---|---|---|']
     for f in dataclasses.fields(cls):
-        limits = [str(limit) for limit in getattr(hints[f.name], '__metadata__', ())]
-        if typing.get_origin(hints[f.name]) is typing.Literal:
-            limits = [', '.join(f'`{choice}`' for choice in typing.get_args(hints[f.name]) if choice)]
         default = f'`{f.default!r}`' if isinstance(f.default, str) else f'`{f.default}`'
-        rows.append(f"| `{f.name}` | {default} | {meaning[f.name].replace('|', ' or ')} | {', '.join(limits)} |")
+        rows.append(f"| `{f.name}` | {default} | {meaning[f.name].replace('|', ' or ')} | {allowed(hints[f.name])} |")
     return '\n'.join(rows)
 
 
