@@ -209,7 +209,7 @@ def plan(config):
     """
     run = configurator.load(TrainConfig, [config.plan])
     run.vocab_size = run.vocab_size or 50304
-    print(f"counting the operations of a row of {run.block_size:,} tokens through {run.n_layer} layers; minutes, if it is large",
+    print(f"counting the operations of a row of {run.block_size:,} tokens, {run.n_layer} layers: minutes, if it is large",
           file=sys.stderr)
     kept, parameters = {}, set()
 
