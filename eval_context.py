@@ -1,12 +1,14 @@
 """
-Does a longer past help? The loss at each position of long documents, read through the carried state with the memory as trained,
-with the memory never written, and by a second checkpoint: context.json and context.png in out_dir.
+Does a longer context help? The loss at each position of long documents, read with the memory as
+trained, with the memory never written, and by a second checkpoint. The state is carried through
+the whole document. The results are saved as context.json and context.png in out_dir.
 
     python eval_context.py --out_dir=out/stdlib_cpu
-    python eval_context.py --out_dir=out/stdlib_cpu --baseline=out/stdlib_gpt --length=1048576 --rows=4
+    python eval_context.py --out_dir=out/stdlib_cpu --baseline=out/stdlib_gpt --length=1048576
 
-All read the same tokens: `rows` pieces of the data set's validation text, evenly spaced; where the text is shorter than
-rows x length they overlap. Compare the curves with each other: one curve alone also shows what lies where in the text.
+All models read the same tokens: `rows` pieces of the data set's validation text, evenly spaced. If
+the text is shorter than rows x length tokens, the pieces overlap. Compare the curves with each
+other: a single curve also depends on which parts of the text are difficult.
 """
 import itertools
 import math
@@ -21,20 +23,20 @@ from nanotitans.configurator import Count, UserError, check_ranges
 from nanotitans.dataset import Dataset
 from nanotitans.figures import pyplot, save_figure, short_count
 from nanotitans.files import save_json
-from nanotitans.reader import ReaderConfig, modes
+from nanotitans.reader import ReaderConfig, memory_modes
 
-BLOCK = 1024  # tokens read at once
+BLOCK = 1024  # tokens of each document in one call of the model
 
 
 @dataclass
 class ContextConfig(ReaderConfig):
     out_dir: str = 'out/stdlib_cpu'
-    baseline: str = ''              # a second run's out_dir
-    data_dir: str = 'data'          # where data sets are
-    dataset: str = 'stdlib'         # any prepared data set with the checkpoint's tokenizer
-    length: int = 65536             # tokens of a document, a power of two; 1048576 is a million
-    rows: Count = 4                 # documents, read side by side
-    update_memory: bool = True      # False: only the control, whose memory is never written
+    baseline: str = ''              # the out_dir of a second run, to compare with
+    data_dir: str = 'data'          # the folder of the data sets
+    dataset: str = 'stdlib'         # a prepared data set with the checkpoint's tokenizer
+    length: int = 65536             # tokens of each document, a power of two; 1048576 is a million
+    rows: Count = 4                 # number of documents, read together as a batch
+    update_memory: bool = True      # False: only the control, the memory never written
 
     def __post_init__(self):
         check_ranges(self)
@@ -44,15 +46,18 @@ class ContextConfig(ReaderConfig):
 
 @torch.no_grad()
 def losses(reader, data, config, update_memory, bar):
-    """Mean loss of each BLOCK of positions, nats per token. -> list of length / BLOCK"""
-    starts = [i * (data.tokens['val'] - config.length - 1) // max(config.rows - 1, 1) for i in range(config.rows)]
+    """Mean loss of each BLOCK of positions, in nats per token. -> list of length / BLOCK numbers"""
+    last_start = data.tokens['val'] - config.length - 1
+    starts = [i * last_start // max(config.rows - 1, 1) for i in range(config.rows)]
     state, means = None, []
-    for at in range(0, config.length, BLOCK):
-        block = torch.from_numpy(data.read('val', [s + at for s in starts], BLOCK + 1)).to(reader.device)
+    for position in range(0, config.length, BLOCK):
+        tokens = data.read('val', [start + position for start in starts], BLOCK + 1)
+        block = torch.from_numpy(tokens).to(reader.device)
         with reader.autocast:
             _, loss, state = reader.model(block[:, :-1], block[:, 1:], state, update_memory)
         if not math.isfinite(loss):
-            raise UserError(f"{reader.path}: the loss became {loss.item()} at position {at:,}")
+            raise UserError(f"{reader.path}: the loss became {loss.item()} at position "
+                            f"{position:,}")
         means.append(loss.item())
         bar.update(block[:, 1:].numel())
     return means
@@ -65,14 +70,14 @@ def octaves(means):
 
 
 def draw(curves, path):
-    """Loss against position, log axis."""
+    """Loss against position on a logarithmic axis."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     for name, means in curves.items():
         parts = octaves(means)
-        axes.plot([b for _, b, _ in parts], [loss for *_, loss in parts], marker='o', markersize=4, label=name)
+        ticks = [end for _, end, _ in parts]  # the same for all curves
+        axes.plot(ticks, [loss for *_, loss in parts], marker='o', markersize=4, label=name)
     axes.set_xscale('log', base=2)
-    ticks = [b for _, b, _ in octaves(next(iter(curves.values())))]
     axes.set_xticks(ticks, [short_count(t) for t in ticks], fontsize=8)
     axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
@@ -84,28 +89,33 @@ def main(argv):
     config = configurator.load(ContextConfig, argv, __doc__)
     data = Dataset(config.data_dir, config.dataset)
     if data.tokens['val'] < config.length + 1:
-        raise UserError(f"length={config.length}: {data.folder}/val.bin has only {data.tokens['val']:,} tokens")
+        raise UserError(f"length={config.length}: {data.folder}/val.bin has only "
+                        f"{data.tokens['val']:,} tokens")
     reader = config.open()
-    runs = {title: (reader, writes) for title, writes in modes(reader, config.update_memory).items()}
+    titles = memory_modes(reader, config.update_memory)
+    runs = {title: (reader, update_memory) for title, update_memory in titles.items()}
     if config.baseline:
-        other = config.open(config.baseline)
-        runs[os.path.basename(config.baseline.rstrip('/'))] = (other, True)
+        name = os.path.basename(config.baseline.rstrip('/'))
+        runs[name] = config.open(config.baseline), True
     for r, _ in runs.values():
         if r.content['tokenizer'] != data.tokenizer:
-            raise UserError(f"{r.path} has another tokenizer than data set '{config.dataset}'; give the one it was trained on "
-                            "with --dataset=")
+            raise UserError(f"{r.path} has another tokenizer than data set '{config.dataset}'; "
+                            "give the data set of its training with --dataset=")
     curves, models = {}, {name: r.about() for name, (r, _) in runs.items()}
     with tqdm(total=len(runs) * config.rows * config.length, unit='tok', unit_scale=True) as bar:
         for name, (r, update_memory) in runs.items():
             bar.set_description(name)
             curves[name] = losses(r, data, config, update_memory, bar)
     path = os.path.join(config.out_dir, 'context.json')
-    save_json(path, {'config': asdict(config), 'models': models, 'data': data.sha256, 'block': BLOCK, 'loss': curves})
+    picture = os.path.join(config.out_dir, 'context.png')
+    save_json(path, {'config': asdict(config), 'models': models, 'data': data.sha256,
+                     'block': BLOCK, 'loss': curves})
     print('positions'.ljust(20) + ''.join(name.rjust(16) for name in curves))
-    for rows in zip(*map(octaves, curves.values()), strict=True):
-        print(f"{rows[0][0]:>9,}-{rows[0][1]:<10,}" + ''.join(f'{loss:16.4f}' for *_, loss in rows))
-    draw(curves, os.path.join(config.out_dir, 'context.png'))
-    print(f"wrote {path} and {os.path.join(config.out_dir, 'context.png')}")
+    for parts in zip(*map(octaves, curves.values()), strict=True):
+        start, end, _ = parts[0]
+        print(f"{start:>9,}-{end:<10,}" + ''.join(f'{loss:16.4f}' for *_, loss in parts))
+    draw(curves, picture)
+    print(f"wrote {path} and {picture}")
     return 0
 
 

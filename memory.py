@@ -1,24 +1,31 @@
 """
-The long-term memory: a linear layer whose weights are trained by gradient descent while it reads.
+The long-term memory: a linear layer v = M k. While the model reads a text, each token changes the
+weights M by a step of gradient descent, with momentum and forgetting.
 
-    symbol   here        meaning                                                       shape
-    M        weights     long-term memory: the weights of a linear layer, v = M k      (B, H, D, D), float32
-    S        surprise    past surprise that is still to be written                     as M
-    theta    theta       inner learning rate                                           (B, T, H), in [0, 1]
-    eta      eta         surprise decay (momentum); some TTT code calls theta eta      (B, T, H), in [0, 1)
-    alpha    alpha       forget gate; alpha = 1 clears the memory                      (B, T, H), in [0, 1]
-    k, v, q  k, v, q     memory keys, values, queries (attention has its own)          (B, T, H, D)
+    symbol   in code    meaning                                          shape
+    M        weights    the memory: the weights of the linear layer      (B, H, D, D), float32
+    S        surprise   past surprise: what is not yet written into M    as M
+    theta    theta      step size of the inner gradient descent          (B, T, H), in [0, 1]
+    eta      eta        decay of the surprise (momentum)                 (B, T, H), in [0, 1]
+    alpha    alpha      forget gate: 0 keeps the memory, 1 clears it     (B, T, H), in [0, 1]
+    k, v, q  k, v, q    keys, values and queries of the memory           (B, T, H, D)
+
+Token t finds the memory M_{t-1} and the surprise S_{t-1}. It leaves M_t and S_t:
 
     Loss      l(M; k, v) = |M k - v|^2
-    Surprise  P_t = S_{t-1} - theta_t grad l(M_{t-1}; k_t, v_t)    past and momentary
-    Memory    M_t = (1 - alpha_t) (M_{t-1} + (1 - eta_t) P_t)      a part of it is written now,
-              S_t = (1 - alpha_t) eta_t P_t                        the rest with the tokens to come
-    Read      y_t = M_t q_t, changes nothing
+    Surprise  P_t = S_{t-1} - theta_t grad l(M_{t-1}; k_t, v_t)    past surprise plus this token's
+    Memory    M_t = (1 - alpha_t) (M_{t-1} + (1 - eta_t) P_t)      the share 1 - eta_t is written,
+              S_t = (1 - alpha_t) eta_t P_t                        the share eta_t waits in S
+    Read      y_t = M_t q_t                                        reading changes nothing
 
-This is the paper's recurrence, exact at every token, with gates that cannot make it blow up: docs/equations.md has its form in
-the paper's symbols and the proof. It is computed in nanotitans/kernels; memories of more layers are in nanotitans/deep.py.
+This is the paper's recurrence without an approximation: each gradient is taken at M_{t-1}. theta is
+bounded so that the memory cannot blow up. docs/equations.md gives the rule in the paper's symbols,
+and the proof. (Some code for test-time training calls theta eta.) nanotitans/kernels computes the
+rule; nanotitans/deep.py has memories of two to four layers. The keys, values and queries of
+attention are others, made in model.py.
 
-Shape letters: B batch, T tokens of this call, C n_embd, H heads, D head width, K memory_conv.
+Shape letters: B batch, T tokens of this call, C n_embd, H memory heads, D width of a head = C / H,
+K memory_conv.
 """
 from typing import NamedTuple
 
@@ -29,19 +36,23 @@ from torch.nn import functional as F
 from nanotitans import kernels
 from nanotitans.kernels import native, wide
 
-# ----------------------------------------------------------------------------------------------------------------------
-# state: what a memory carries from one call to the next. Nothing is ever written in place
+# --------------------------------------------------------------------------------------------------
+# The state: what a memory carries from one call to the next. A call returns a new state and never
+# changes the tensors of the old one.
 
 
 class MemoryState(NamedTuple):
-    weights: torch.Tensor   # M after the last token                (B, H, D, D)
-    surprise: torch.Tensor  # S after the last token                as weights; without momentum (B, H, 0, D)
-    tail: torch.Tensor      # the convolution's last inputs         (B, memory_conv - 1, 3H, D)
-    written: torch.Tensor   # theta, eta and alpha summed over the tokens read   (B, 3, H)
+    weights: torch.Tensor   # M after the last token (B, H, D, D)
+    surprise: torch.Tensor  # S after the last token (B, H, D, D), or (B, H, 0, D) without momentum
+    tail: torch.Tensor      # the last inputs of the convolution (B, K-1, 3H, D)
+    written: torch.Tensor   # theta, eta and alpha, summed over the tokens written (B, 3, H)
 
 
 def map_state(fn, *states):
-    """Apply fn to the matching tensors of states (any of the NamedTuples above), keeping the structure."""
+    """
+    Apply fn to the matching tensors of states, which are nested tuples or NamedTuples. The result
+    has the same structure; what is not a tensor comes from the first state.
+    """
     first = states[0]
     if isinstance(first, torch.Tensor):
         return fn(*states)
@@ -52,17 +63,17 @@ def map_state(fn, *states):
 
 
 def where(rows, new, old):
-    """Of the states `new` for the rows (B,) that are True, of `old` for the others."""
+    """The state `new` in the batch rows where rows (B,) is True, the state `old` in the others."""
     return map_state(lambda a, b: torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b), new, old)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class CompiledMethods(nn.Module):
     """
-    A module whose methods can be compiled one by one. A compiled method is bound to the module that it was compiled for, so
-    copies and pickles leave it out and run their own method, not compiled.
+    A module whose methods can be compiled one by one. A compiled method belongs to the module that
+    it was compiled for, so copies and pickles leave it out and run the plain method.
     """
 
     def compile_methods(self, *names):
@@ -70,16 +81,17 @@ class CompiledMethods(nn.Module):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if not (callable(v) and hasattr(type(self), k))}
+        return {name: value for name, value in vars(self).items()
+                if not (callable(value) and hasattr(type(self), name))}
 
 
-LEAST = 0.1  # the length that shorter queries and keys are divided by
+LEAST_LENGTH = 0.1  # shorter queries and keys are divided by this, longer ones by their length
 
 
 class NeuralMemory(CompiledMethods):
     """
-    H independent memories of width D = C / H, written to by the rule at the top of this file. A state may be taken after any
-    token, and a text go on from it in calls of any length: the numbers are the same.
+    H independent memories of width D = C / H with the rule at the top of this file. A text can be
+    cut into calls at any token: pass on the state, and the numbers are those of a single call.
     """
 
     def __init__(self, config):
@@ -87,27 +99,32 @@ class NeuralMemory(CompiledMethods):
         H, C, K = config.memory_heads, config.n_embd, config.memory_conv
         self.n_head, self.head_dim = H, C // H
         self.c_qkv = nn.Linear(C, 3 * C, bias=False)
-        self.conv = nn.Parameter(torch.empty(3 * H, C // H, K)) if K else None  # 3-d: no weight decay
-        self.initial = nn.Parameter(self.empty(config))  # M_0
+        self.conv = nn.Parameter(torch.empty(3 * H, C // H, K)) if K else None  # 3-d: not decayed
+        self.initial = nn.Parameter(self.new_initial(config))  # M_0
         self.gates, self.max_lr = config.memory_gates, config.memory_max_lr
-        self.start = config.memory_lr, config.memory_momentum, config.memory_decay
-        self.learned = tuple(s for i, s in enumerate(self.start) if i != 1 or s > 0)  # no momentum: no gate for it
-        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, len(self.learned) * H)
-        self.gain = nn.Parameter(torch.empty(2, H, C // H))  # of what is read, of the query beside it
+        lr, momentum, decay = config.memory_lr, config.memory_momentum, config.memory_decay
+        self.start = lr, momentum, decay
+        self.learned_start = self.start if momentum > 0 else (lr, decay)  # no momentum: no eta gate
+        learned = len(self.learned_start)
+        self.c_gates = None if self.gates == 'fixed' else nn.Linear(C, learned * H)
+        self.gain = nn.Parameter(torch.empty(2, H, C // H))  # of what is read, and of the query
         self.reset_parameters()
 
-    def empty(self, config):
-        """Room for M_0 of each head."""
+    def new_initial(self, config):
+        """M_0, not yet initialised. A subclass also makes the parameters here that only it has."""
         return torch.empty(self.n_head, self.head_dim, self.head_dim)
 
     def reset_parameters(self):
         """
-        c_qkv      N(0, 1/C), the same for q and k
-        conv       q: a random mix of this token and the K-2 before it; k: the same mix, one token back; v: this token.
-                   So M q_t begins as what followed the last tokens the last time they came: an induction head
-        initial    0               an empty memory reads 0
-        c_gates    weight 0, bias such that theta, eta, alpha start where the config says
-        gain       0.1             what is read should not drown the stream before it means something
+        c_qkv      N(0, 1/C), the same weights for q and for k
+        conv       q_t: a random mix of token t and the K-2 tokens before it
+                   k_t: the same mix, one token back, so k_t = q_{t-1}
+                   v_t: token t, and a little of the K-1 tokens before it
+                   So M q_t begins as the value of the token that followed the same tokens earlier:
+                   an induction head
+        initial    0: an empty memory reads 0
+        c_gates    weight 0, and a bias with which theta, eta, alpha start where the config says
+        gain       0.1: a memory that knows nothing yet must not drown the residual stream
         """
         C, H = self.c_qkv.in_features, self.n_head
         nn.init.normal_(self.c_qkv.weight, std=C ** -0.5)
@@ -125,108 +142,125 @@ class NeuralMemory(CompiledMethods):
             nn.init.zeros_(self.c_gates.weight)
             nn.init.zeros_(self.c_gates.bias)
             if self.gates == 'sigmoid':
-                self.c_gates.bias.data.copy_(torch.tensor(self.learned).logit().repeat_interleave(H))
+                bias = torch.tensor(self.learned_start).logit().repeat_interleave(H)
+                self.c_gates.bias.data.copy_(bias)
 
     def init_state(self, batch_size: int) -> MemoryState:
         """A fresh memory: M_0, no surprise."""
-        weights = wide(self.initial).expand(batch_size, *self.initial.shape).clone()  # clone: FSDP frees the parameter
-        tail = weights.new_zeros(batch_size, 0 if self.conv is None else self.conv.size(2) - 1, 3 * self.n_head, self.head_dim)
+        # clone: FSDP frees the parameter's storage after the block's forward
+        weights = wide(self.initial).expand(batch_size, *self.initial.shape).clone()
+        past = 0 if self.conv is None else self.conv.size(2) - 1
+        tail = weights.new_zeros(batch_size, past, 3 * self.n_head, self.head_dim)
         surprise = torch.zeros_like(weights if self.start[1] else weights[:, :, :0])
         return MemoryState(weights, surprise, tail, weights.new_zeros(batch_size, 3, self.n_head))
 
     def restart(self, state: MemoryState, rows: torch.Tensor) -> MemoryState:
-        """The rows (B,) that are True begin with a fresh memory. The count of what was written goes on."""
+        """A fresh memory in the rows (B,) that are True. The sums in `written` go on."""
         return where(rows, self.init_state(rows.size(0)), state)._replace(written=state.written)
 
-    # -- what depends on the input alone
+    # -- queries, keys, values and gates: they depend on the input alone, not on M
 
     def taps(self, heads):
+        """The convolution of the first `heads` heads (heads, D, K). None: no convolution."""
         return None if self.conv is None else wide(self.conv[:heads])
 
     def shift(self, x, tail):
-        """Projected tokens x (B, T, n C), as heads in the precision of the state. -> (B, T, n H, D), the tail they leave"""
+        """
+        Projected tokens x (B, T, n C) and the tail (B, K-1, n H, D) of the call before.
+        -> x as heads (B, T, n H, D) in the precision of the state, and the tail for the next call
+        """
         x = x.to(tail.dtype).unflatten(2, (-1, self.head_dim))
         T, past = x.size(1), tail.size(1)
         return x, torch.cat((tail[:, T:], x[:, max(T - past, 0):]), dim=1)
 
     def mix(self, x, tail, units):
         """
-        Heads x (B, T, n, D) through the convolution and SiLU. The first `units` heads get unit length; vectors shorter than
-        LEAST are divided by LEAST, so the first key of a text, which is 0 at first, stays 0. -> (B, T, n, D)
+        Convolution and SiLU over heads x (B, T, n, D). The first `units` heads are then divided by
+        their length, or by LEAST_LENGTH if that is more: in a new model the first key of a text is
+        0, and stays 0. -> (B, T, n, D)
         """
-        return kernels.short_conv(x, tail, self.taps(x.size(2)), units, LEAST)
+        return kernels.short_conv(x, tail, self.taps(x.size(2)), units, LEAST_LENGTH)
 
     def query(self, x, tail):
         """Only the queries of x (B, T, C). -> q (B, T, H, D), new tail (B, K-1, H, D)"""
         x = F.linear(x, self.c_qkv.weight[:x.size(2)])
         with torch.autocast(x.device.type, enabled=False):
-            x, after = self.shift(x, tail)
-            return self.mix(x, tail, self.n_head), after
+            x, new_tail = self.shift(x, tail)
+            return self.mix(x, tail, self.n_head), new_tail
 
     def largest_step(self, eta):
         """
-        The largest theta: memory_max_lr, or less where the memory would not be stable whatever the keys and the other gates do
-        (for one eta for ever, (1 - eta) / (1 + eta); docs/equations.md has the proof). A theta of 1/2 takes an error away; a
-        larger one overshoots.
+        The bound on theta: at most memory_max_lr, and with momentum at most
+            (1 - eta^2) / ((1 + e) (1 + eta^2 / e)),    e = memory_momentum, where eta starts
+        Below it the memory is stable for all keys and gates (proof: docs/equations.md). At eta = e
+        it is (1 - e) / (1 + e). A theta of 1/2 takes an error away, a larger one overshoots.
         """
-        start = self.start[1]
-        if start == 0:
+        e = self.start[1]
+        if e == 0:
             return self.max_lr
-        return ((1 - eta * eta) / ((1 + start) * (1 + eta * eta / start))).clamp(max=self.max_lr)
+        return ((1 - eta * eta) / ((1 + e) * (1 + eta * eta / e))).clamp(max=self.max_lr)
 
     def gate(self, x):
-        """theta, eta, alpha of each token of x (B, T, C), in float32 at least: 1 - alpha needs it.   (B, T, 3, H)"""
+        """
+        theta, eta, alpha of each token of x (B, T, C). -> (B, T, 3, H), in float32 at least: lower
+        precision is too coarse for 1 - alpha
+        """
         if self.c_gates is None:
-            theta, eta, alpha = wide(self.gain).new_tensor(self.start)[:, None].expand(-1, self.n_head)
-            gates = torch.stack((theta * self.largest_step(eta), eta, alpha))
+            start = wide(self.gain).new_tensor(self.start)[:, None]
+            share, eta, alpha = start.expand(-1, self.n_head)
+            gates = torch.stack((share * self.largest_step(eta), eta, alpha))
             return gates.expand(*x.shape[:2], -1, -1)
         weight, bias = wide(self.c_gates.weight), wide(self.c_gates.bias)
-        z = F.linear(x.to(weight.dtype), weight, bias).unflatten(2, (-1, self.n_head))  # (B, T, 3 or 2, H)
+        z = F.linear(x.to(weight.dtype), weight, bias).unflatten(2, (-1, self.n_head))
         if self.gates == 'sigmoid':
             z = z.sigmoid()
-        else:  # the tangent of the sigmoid where it starts, clamped: the same slope at first, and it can close for good
-            start = z.new_tensor(self.learned)[:, None]
+        else:  # hard: the tangent of the sigmoid at its start, clamped, so it can be exactly 0 or 1
+            start = z.new_tensor(self.learned_start)[:, None]
             z = (start + (start * (1 - start)).clamp_min(1e-4) * z).clamp(0, 1)
-        share, eta, alpha = z[:, :, :1], z[:, :, 1:-1], z[:, :, -1:]
+        share, eta, alpha = z[:, :, :1], z[:, :, 1:-1], z[:, :, -1:]  # no momentum: eta has size 0
         eta = eta if eta.size(2) else torch.zeros_like(alpha)
         return torch.cat((share * self.largest_step(eta), eta, alpha), dim=2)
 
     # -- writing and reading
 
     def recurrence(self, q, k, v, gates, state):
-        """The rule. -> y (B, T, H, D), state"""
+        """The rule at the top of this file, for T tokens. -> y (B, T, H, D), state"""
         y, weights, surprise = kernels.recurrence(q, k, v, gates, state.weights, state.surprise)
         return y, state._replace(weights=weights, surprise=surprise)
 
     def read(self, weights, q):
-        """M q for each of q (B, T, H, D) at weights as they are. -> (B, T, H, D)"""
+        """M q for each query q (B, T, H, D), all with the same M. -> (B, T, H, D)"""
         return kernels.recall(q, weights)
 
     def output(self, y, q, dtype):
         """
-        What was read, bounded in size, plus the query: the residual of the paper's M(x) = x + ..., kept out of the weights that
-        are learned at test time. The size of a read says how sure the memory is, so a small read stays small. -> (B, T, C)
+        y / sqrt(1 + mean y^2) plus the query, each with its gain. -> (B, T, C)
+        The size of y says how sure the memory is, so a small y stays small. The query is the
+        residual of the paper's M(x) = x + ...; here it is added outside of M.
         """
-        return kernels.join(y, q, wide(self.gain)).flatten(2).to(dtype)  # of size 0.1 at first
+        return kernels.join(y, q, wide(self.gain)).flatten(2).to(dtype)
 
     def forward(self, x: torch.Tensor, state: MemoryState | None = None, update_memory: bool = True
                 ) -> tuple[torch.Tensor, MemoryState]:
         """
-        Write x (B, T, C), any T >= 1, and read after each token: y_t = M_t q_t. -> out (B, T, C), state
-        update_memory=False reads the memory as it is and leaves it so.
+        Write tokens x (B, T >= 1, C) and read after each of them: M_t q_t. -> (B, T, C), state
+        With update_memory=False nothing is written: every token reads the M of `state`.
         """
         state = self.init_state(x.size(0)) if state is None else state
         qkv = self.c_qkv(x)
         with torch.autocast(x.device.type, enabled=False):
-            qkv, tail = self.shift(qkv, state.tail)
-            before, state = state.tail, state._replace(tail=tail)
+            old_tail = state.tail
+            qkv, tail = self.shift(qkv, old_tail)
+            state = state._replace(tail=tail)
             if update_memory:
                 gates = self.gate(x)
                 state = state._replace(written=state.written + gates.sum(1))
                 if self.in_one_call(qkv):
-                    out, M, S = native.step(qkv, before, self.taps(qkv.size(2)), gates, *state[:2], wide(self.gain), LEAST)
+                    out, M, S = native.step(qkv, old_tail, self.taps(qkv.size(2)), gates,
+                                            state.weights, state.surprise, wide(self.gain),
+                                            LEAST_LENGTH)
                     return out.flatten(2).to(x.dtype), state._replace(weights=M, surprise=S)
-            q, k, v = self.mix(qkv, before, 2 * self.n_head).chunk(3, dim=2)
+            q, k, v = self.mix(qkv, old_tail, 2 * self.n_head).chunk(3, dim=2)
             if update_memory:
                 y, state = self.recurrence(q, k, v, gates, state)
             else:
@@ -234,15 +268,19 @@ class NeuralMemory(CompiledMethods):
             return self.output(y, q, x.dtype), state
 
     def in_one_call(self, x):
-        """Whether a token is generated, which is faster in a single call than step by step. Not for another recurrence."""
-        return x.size(1) == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and native.usable(x)
+        """
+        Whether x is one generated token: native.step computes it in a single call, which is faster.
+        A subclass with another recurrence must return False.
+        """
+        return (x.size(1) == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+                and native.usable(x))
 
     def retrieve(self, x: torch.Tensor, state: MemoryState) -> torch.Tensor:
-        """Read M as it stands for each token of x (B, T, C), taken to follow what was written. -> (B, T, C)"""
+        """Read M for tokens x (B, T, C) that follow the text of `state`. -> (B, T, C)"""
         q, _ = self.query(x, state.tail[:, :, :self.n_head])
         return self.recall(q, state.weights, x.dtype)
 
     def recall(self, q, weights, dtype):
-        """Read queries (B, T, H, D) from given weights. -> (B, T, C)"""
+        """Read `weights` with the queries q (B, T, H, D). -> (B, T, C)"""
         with torch.autocast(q.device.type, enabled=False):
             return self.output(self.read(weights, q), q, dtype)

@@ -1,10 +1,12 @@
 """
-Draw the curves of one run or several, from their log.jsonl: losses in the terminal and into loss.png of the first, what their
-memories did into memory.png, a row of panels a run, a line a block: gates that stay shut, or a memory whose size stands still,
-are dead. A run may be going on still.
+Draw the curves of one or more training runs from their log.jsonl, also while a run still goes on.
 
     python plot.py out/stdlib_cpu [out/another ...]
-    python plot.py --x=tokens out/compare/*/    # or hours, those of training without evaluation; step is the default
+    python plot.py --x=tokens out/compare/*/    # or --x=hours; the default is --x=step
+
+The losses appear in the terminal and in loss.png in the first run's folder. memory.png shows the
+memories: a row of panels for each run and a line for each block. Look there for dead memories:
+gates that stay closed, or an |M| that never changes.
 """
 import json
 import math
@@ -18,29 +20,35 @@ from nanotitans import configurator
 from nanotitans.configurator import UserError
 from nanotitans.figures import pyplot, run_names, save_figure
 
+PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
+LABELS = {'step': 'step', 'tokens': 'tokens', 'hours': 'hours of training'}
+
 
 @dataclass
 class PlotConfig:
-    x: Literal['step', 'tokens', 'hours'] = 'step'  # what the curves are drawn against
+    x: Literal['step', 'tokens', 'hours'] = 'step'  # the x axis; hours leave evaluations out
 
 
 def read(out_dir, x='step'):
-    """-> {'loss': (where, values), 'val_loss': (where, values), 'memory': (where, [{name: one value a block}])}, where of x"""
+    """
+    -> {'loss': (positions, losses), 'val_loss': (positions, losses),
+    'memory': (positions, [{panel: one value for each block}])}, with positions in units of x
+    """
     path = os.path.join(out_dir, 'log.jsonl')
     try:
         with open(path, encoding='utf-8') as f:
             lines = f.readlines()
-        if lines and lines[-1][0] == '{' and lines[-1][-1] != '\n':  # being written
+        if lines and lines[-1][0] == '{' and lines[-1][-1] != '\n':  # the run is writing this line
             lines.pop()
-        rows, hours, tokens = [json.loads(line) for line in lines], 0.0, 0
+        rows = [json.loads(line) for line in lines]
         if x != 'step' and rows and 'step' in rows[0] and 'tokens' not in rows[0]:
             raise UserError(f"{path} does not count tokens; give --x=step")
-        for row in rows if x == 'hours' else ():
-            if 'tokens_per_s' in row:
-                hours, tokens = hours + (row['tokens'] - tokens) / row['tokens_per_s'] / 3600, row['tokens']
-            row['hours'] = hours
-        curves = {key: ([float(r[x]) for r in rows if key in r], [kind(r[key]) for r in rows if key in r])
-                  for key, kind in (('loss', float), ('val_loss', float), ('memory', dict))}
+        if x == 'hours':
+            add_hours(rows)
+        curves = {}
+        for key, kind in ('loss', float), ('val_loss', float), ('memory', dict):
+            logged = [row for row in rows if key in row]
+            curves[key] = [float(row[x]) for row in logged], [kind(row[key]) for row in logged]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the out_dir of a run") from None
     except (ValueError, KeyError, TypeError, ArithmeticError):
@@ -50,20 +58,46 @@ def read(out_dir, x='step'):
     return curves
 
 
+def add_hours(rows):
+    """Add to each row of a log the hours of training before it, without those of evaluation."""
+    hours, tokens = 0.0, 0
+    for row in rows:
+        if 'tokens_per_s' in row:
+            hours += (row['tokens'] - tokens) / row['tokens_per_s'] / 3600
+            tokens = row['tokens']
+        row['hours'] = hours
+
+
+def limit_losses(axes, runs):
+    """
+    Leave the first evaluation out of the y axis, if there are several runs. All of them start at
+    about the same high loss, and with it in view their differences would be too small to see.
+    """
+    losses, later = [], []
+    for curves in runs.values():
+        training, validation = curves['loss'][1], curves['val_loss'][1]
+        losses += [v for v in training + validation if math.isfinite(v)]
+        later += [v for v in validation[1:] + training[-1:] if math.isfinite(v)]
+    if len(runs) > 1 and len(later) > len(runs):  # there are later evaluations
+        low, high = min(losses), max(later)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
 def draw_loss(runs, x, path):
-    """For each run its validation loss and, paler, its training loss."""
+    """For each run its validation loss and, in a paler colour, its training loss."""
     plt = pyplot()
     many = len(runs) > 8
-    figure, axes = plt.subplots(figsize=(9 if many else 7, 4 + 0.1 * max(len(runs) - 20, 0)), layout='constrained')
-    colours = plt.get_cmap('turbo')(np.linspace(0.05, 0.95, len(runs))) if len(runs) > 10 else plt.get_cmap('tab10').colors
+    size = (9 if many else 7, 4 + 0.1 * max(len(runs) - 20, 0))
+    figure, axes = plt.subplots(figsize=size, layout='constrained')
+    colours = plt.get_cmap('tab10').colors
+    if len(runs) > 10:
+        colours = plt.get_cmap('turbo')(np.linspace(0.05, 0.95, len(runs)))
     for (name, curves), colour in zip(runs.items(), colours, strict=False):
         axes.plot(*curves['loss'], color=colour, alpha=0.15 if many else 0.3, linewidth=1, zorder=1)
-        axes.plot(*curves['val_loss'], color=colour, marker='o', markersize=3 if len(curves['val_loss'][0]) < 50 else 0,
+        marker_size = 3 if len(curves['val_loss'][0]) < 50 else 0
+        axes.plot(*curves['val_loss'], color=colour, marker='o', markersize=marker_size,
                   linewidth=1.2, label=name)
-    later = [v for curves in runs.values() for v in curves['val_loss'][1][1:] + curves['loss'][1][-1:] if math.isfinite(v)]
-    if len(runs) > 1 and len(later) > len(runs):  # what they all begin with would leave no room for what they differ in
-        low = min(v for curves in runs.values() for key in ('loss', 'val_loss') for v in curves[key][1] if math.isfinite(v))
-        axes.set_ylim(low - 0.05 * (max(later) - low), max(later) + 0.05 * (max(later) - low))
+    limit_losses(axes, runs)
     axes.set(xlabel=LABELS[x], ylabel='loss (nats per token)', title='validation; paler: training')
     axes.title.set_fontsize('small')
     axes.grid(alpha=0.3)
@@ -74,22 +108,19 @@ def draw_loss(runs, x, path):
     save_figure(figure, path)
 
 
-PANELS = ('theta', 'eta', 'alpha', '|M|', '|S|')
-LABELS = {'step': 'step', 'tokens': 'tokens', 'hours': 'hours of training'}
-
-
 def draw_memory(runs, x, path):
-    """A row of PANELS for each run, a line for each of its blocks, from dark to light."""
+    """A row of PANELS for each run; in each panel a line for each block, from dark to light."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(runs), len(PANELS), figsize=(3 * len(PANELS), 0.6 + 2 * len(runs)), squeeze=False,
-                                sharex=True, sharey='col', layout='constrained')
+    figure, axes = plt.subplots(len(runs), len(PANELS), squeeze=False, sharex=True, sharey='col',
+                                figsize=(3 * len(PANELS), 0.6 + 2 * len(runs)),
+                                layout='constrained')
     for row, (run, curves) in zip(axes, runs.items(), strict=True):
-        where, values = curves['memory']
+        positions, values = curves['memory']
         for ax, name in zip(row, PANELS, strict=True):
             blocks = list(zip(*(v[name] for v in values), strict=True))
             colours = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(blocks)))
             for i, (block, colour) in enumerate(zip(blocks, colours, strict=True)):
-                ax.plot(where, block, linewidth=1, color=colour, label=str(i))
+                ax.plot(positions, block, linewidth=1, color=colour, label=str(i))
             ax.grid(alpha=0.3)
         row[0].legend(title='memory', fontsize='x-small', title_fontsize='x-small', ncols=2)
         row[0].set_ylabel(run)
@@ -100,13 +131,8 @@ def draw_memory(runs, x, path):
     save_figure(figure, path)
 
 
-def main(argv):
-    config = configurator.load(PlotConfig, [a for a in argv if a.startswith('-')], __doc__)
-    out_dirs = list(dict.fromkeys(os.path.normpath(a) for a in argv if not a.startswith('-')))
-    if not out_dirs:
-        raise UserError("give the out_dir of at least one run")
-    runs = dict(zip(run_names(out_dirs), (read(out_dir, config.x) for out_dir in out_dirs), strict=True))
-    pyplot()
+def show_in_terminal(runs, x):
+    """The validation losses as a chart of characters."""
     try:
         import plotext
     except ImportError:
@@ -115,15 +141,31 @@ def main(argv):
     plotext.plotsize(90, 18)
     plotext.theme('clear')
     for name, curves in runs.items():
-        shown = [(at, v) for at, v in zip(*curves['val_loss'], strict=True) if math.isfinite(v)]
-        if shown:
-            plotext.plot(*zip(*shown, strict=True), label=name if len(runs) < 9 else None, marker='braille')
-    plotext.xlabel(LABELS[config.x])
+        points = [(p, v) for p, v in zip(*curves['val_loss'], strict=True) if math.isfinite(v)]
+        if points:
+            label = name if len(runs) < 9 else None
+            plotext.plot(*zip(*points, strict=True), label=label, marker='braille')
+    plotext.xlabel(LABELS[x])
     plotext.show()
-    for out_dir, curves in zip(out_dirs, runs.values(), strict=True):
+
+
+def main(argv):
+    flags = [arg for arg in argv if arg.startswith('-')]
+    config = configurator.load(PlotConfig, flags, __doc__)
+    paths = [os.path.normpath(arg) for arg in argv if not arg.startswith('-')]
+    out_dirs = list(dict.fromkeys(paths))
+    if not out_dirs:
+        raise UserError("give the out_dir of at least one run")
+    logs = [read(out_dir, config.x) for out_dir in out_dirs]
+    runs = dict(zip(run_names(out_dirs), logs, strict=True))
+    pyplot()  # UserError without matplotlib, before anything is printed
+    show_in_terminal(runs, config.x)
+    for out_dir, curves in zip(out_dirs, logs, strict=True):
         losses = curves['val_loss'][1]
-        print(f"{out_dir}: " + (f"last validation loss {losses[-1]:.4f}, best {min(losses):.4f}" if losses else
-                                f"not evaluated yet, last training loss {curves['loss'][1][-1]:.4f}"))
+        if losses:
+            print(f"{out_dir}: last validation loss {losses[-1]:.4f}, best {min(losses):.4f}")
+        else:
+            print(f"{out_dir}: not evaluated yet, last training loss {curves['loss'][1][-1]:.4f}")
     path = os.path.join(out_dirs[0], 'loss.png')
     draw_loss(runs, config.x, path)
     print(f"wrote {path}")
@@ -133,7 +175,8 @@ def main(argv):
         try:
             draw_memory(runs, config.x, path)
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{', '.join(runs)}: what log.jsonl has of the memories cannot be drawn") from None
+            raise UserError(f"{', '.join(runs)}: log.jsonl does not have the numbers for "
+                            "memory.png") from None
         print(f"wrote {path}")
     return 0
 

@@ -1,17 +1,18 @@
-# Needles in haystacks on 2 CPU cores: `make needle` trains this, its baseline, and draws both. See README.md for the maps.
+# Needles in haystacks on 2 CPU cores: `make needle` trains this model and its baseline and draws
+# their maps (see README.md).
 out_dir = 'out/needle_cpu'
 dataset = 'needle'
 
 n_layer = 2
 n_head = 4
 n_embd = 96
-tie_weights = False     # words that are never an answer would all be pushed the same way, and they are the keys
-memory_layers = '0'     # the second block's would not be used
+tie_weights = False     # if tied, the keys get similar embeddings, as they are never answers
+memory_layers = '0'     # a memory in the second block would not be used
 memory_heads = 1
-memory_conv = 8         # reaches over a number whose digits repeat
+memory_conv = 8         # covers a whole number, in which a digit may occur twice
 segment_len = 64
-window_len = 64         # of --arch=mag and mal
-memory_gates = 'hard'   # can be exactly 0, and the costs below see to it: what is not worth writing is not written at all
+window_len = 64         # used by --arch=mag and mal
+memory_gates = 'hard'   # can be exactly 0; the costs below close them for useless tokens
 memory_decay = 0.0
 
 block_size = 256
@@ -22,8 +23,8 @@ learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 write_cost = 1.0        # nats per unit of mean theta
-forget_cost = 200.0     # nats per unit of mean alpha, by nature far smaller than theta
-cost_from = 0.4         # once it can recall: asked earlier, the gates close for good
+forget_cost = 200.0     # nats per unit of mean alpha, which is far smaller than theta
+cost_from = 0.4         # if the costs begin before the model can recall, the gates stay closed
 
 eval_interval = 600
 eval_iters = 10

@@ -1,4 +1,5 @@
-# Recall of 4 to 32 pairs three segments back, on 2 CPU cores: `make recall` trains every architecture on it.
+# Recall 4 to 32 pairs after three segments, on 2 CPU cores: `make recall` trains every architecture
+# with this config.
 out_dir = 'out/recall_cpu'
 dataset = 'recall'
 
@@ -8,7 +9,7 @@ n_embd = 64
 memory_heads = 1
 segment_len = 32
 window_len = 32
-memory_max_lr = 1.0     # pairs are shown once: a step that overshoots stores more of them
+memory_max_lr = 1.0     # each pair is shown once: a step that overshoots stores more pairs
 memory_lr = 0.3
 
 block_size = 256

@@ -1,4 +1,5 @@
-# Tiny Shakespeare in nanoGPT's CPU budget: 2,000 iterations of 12 x 64 characters, 4 layers, 4 heads, 128 wide.
+# Tiny Shakespeare with nanoGPT's CPU budget: 2,000 steps of 12 x 64 characters, 4 layers, 4 heads,
+# width 128.
 out_dir = 'out/shakespeare_char_cpu'
 dataset = 'shakespeare_char'
 
@@ -7,11 +8,11 @@ n_head = 4
 n_embd = 128
 memory_heads = 4
 segment_len = 64
-window_len = 64     # of --arch=mag and mal
+window_len = 64     # used by --arch=mag and mal
 
 block_size = 64
 batch_size = 12
-carry_state = True  # each row reads on: the memory reaches further back than the 64 characters of a step
+carry_state = True  # each row continues its text, so the memory reaches beyond 64 characters
 reset_prob = 0.1
 
 max_iters = 2000

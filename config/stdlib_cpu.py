@@ -1,4 +1,4 @@
-# The demo: Python's standard library, byte by byte, on 2 CPU cores. See README.md for the loss and the time measured.
+# The demo: Python's standard library in bytes, on 2 CPU cores. README.md has the loss and the time.
 out_dir = 'out/stdlib_cpu'
 dataset = 'stdlib'
 

@@ -1,4 +1,5 @@
-# Conversations with things to remember, on a CPU: `make talk`. See README.md for what it then knows.
+# Conversations with facts to remember, on a CPU: `make talk`. README.md shows what the model then
+# remembers.
 out_dir = 'out/talk_cpu'
 dataset = 'talk'
 
@@ -11,7 +12,7 @@ memory_heads = 1
 memory_conv = 8
 segment_len = 64
 window_len = 64
-memory_gates = 'hard'   # with the costs below: what is not worth writing is not written at all
+memory_gates = 'hard'   # can be exactly 0; the costs below close them for useless tokens
 memory_decay = 0.0
 
 block_size = 256
@@ -22,8 +23,8 @@ learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 write_cost = 1.0        # nats per unit of mean theta
-forget_cost = 200.0     # nats per unit of mean alpha, by nature far smaller than theta
-cost_from = 0.4         # once it can recall
+forget_cost = 200.0     # nats per unit of mean alpha, which is far smaller than theta
+cost_from = 0.4         # if the costs begin before the model can recall, the gates stay closed
 
 eval_interval = 600
 eval_iters = 10

@@ -1,12 +1,13 @@
 """
-A checkpoint is one file of tensors and plain types, loadable with weights_only=True, written whole or not at all:
+A checkpoint is one file of tensors and plain types, loadable with weights_only=True and written
+atomically. Its keys:
 
-    format, step, best_val_loss, best_step, skips, evaluated (the step of the last evaluation), model_config, train_config,
-    tokenizer, provenance (commit, data checksums),
-    model, and for resuming: optimizer, scaler, state (what the rows of the global batch carry, or None), rows_to_reset (those
-    of them that have to begin afresh)
+    format, step, best_val_loss, best_step, skips, evaluated (the step of the last evaluation),
+    model_config, train_config, tokenizer, provenance (commit, checksums of the data), model
+    and, to resume: optimizer, scaler, state (the carried state of the rows of the global batch, or
+    None), rows_to_reset (the rows that begin the next step with a fresh memory)
 
-Sharded ones, which FSDP writes, are sharded.py's.
+FSDP writes checkpoints in shards: sharded.py.
 """
 import contextlib
 import dataclasses
@@ -24,26 +25,28 @@ from nanotitans.configurator import UserError
 from nanotitans.files import error_reason, link_or_copy, sync_folder
 
 FORMAT = 6
-OLDER = "d3538b1"  # the last commit that reads formats before 6, whose memories were written by another rule
+# the last commit that reads formats before 6; since then the memory follows another update rule
+OLDER = "d3538b1"
 STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
 
 
 def save(path: str, content: dict, copies: Sequence[str] = ()) -> None:
-    """A checkpoint, and under the other names in `copies` too. UserError if it cannot be written."""
+    """Write a checkpoint, also under the names in `copies`. UserError if it cannot be written."""
     write(path, {'format': FORMAT, **content}, copies)
 
 
 def write(path, content, copies=(), mode=None):
     """
-    Write beside, sync, rename, first for the other names in `copies`, which share its place on the disk: a kill or a full disk
-    leaves every file as it was or as it should be. mode: its permissions, from the first byte on; None: as those of any new
-    file. UserError if it cannot be written.
+    Write a file atomically: write and sync path.partial, give it the names in `copies` too, rename
+    it to `path`. After a kill or on a full disk each name has its old content or the new one.
+    mode: the permissions, from the first byte on; None: those of any new file. UserError if it
+    cannot be written.
     """
     partial = path + '.partial'
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
-        with open(partial, 'xb', opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else 0o600)) as f:
+        with open(partial, 'xb', opener=None if mode is None else open_private) as f:
             if mode is not None:
                 os.fchmod(f.fileno(), mode)
             torch.save(content, f)
@@ -53,168 +56,205 @@ def write(path, content, copies=(), mode=None):
             link_or_copy(partial, copy)
         os.replace(partial, path)
         sync_folder(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        kept = "; the one before it is untouched" if os.path.exists(path) else ""
-        raise UserError(f"cannot save {path}: {error_reason(error)}{kept}") from None
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        untouched = "; the one before it is untouched" if os.path.exists(path) else ""
+        raise UserError(f"cannot save {path}: {error_reason(error)}{untouched}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
 
 
+def open_private(name, flags):
+    return os.open(name, flags, 0o600)
+
+
 def load(path: str) -> dict:
-    """The content that save() wrote, on the CPU. UserError if the file is missing, damaged or not one of ours."""
+    """The content that save() wrote, on the CPU. UserError if missing, damaged or not ours."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
-        if numbered(folder, folders=True):
-            raise UserError(f"{path}: only sharded checkpoints here; make it with: python -m nanotitans.sharded {folder}")
-        raise UserError(f"{path}: no such checkpoint; train first, or give the folder it is in with --out_dir=")
+        if checkpoints_by_step(folder, folders=True):
+            raise UserError(f"{path}: only sharded checkpoints here; make it with: "
+                            f"python -m nanotitans.sharded {folder}")
+        raise UserError(f"{path}: no such checkpoint; train first, or give its folder with "
+                        "--out_dir=DIR")
     content = read(path, 'checkpoint', fallback_hint(path))
     if not isinstance(content, dict) or content.get('format') != FORMAT:
-        older = isinstance(content, dict) and content.get('format') in range(1, FORMAT)
-        raise UserError(f"{path}: not a checkpoint of this version (format {FORMAT}); train anew"
-                        + f", or go back to commit {OLDER}, the last that reads it" * older)
-    kinds = {'step': int, 'best_val_loss': float, 'model_config': dict, 'train_config': dict, 'tokenizer': dict,
-             'provenance': dict, 'model': dict, 'optimizer': dict}
-    for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind) or isinstance(content[key], bool):
-            raise UserError(f"{path}: not a readable checkpoint: its {key} is no {kind.__name__} but {content.get(key)!r:.40}")
+        message = f"{path}: not a checkpoint of this version (format {FORMAT}); train anew"
+        if isinstance(content, dict) and content.get('format') in range(1, FORMAT):
+            message += f", or go back to commit {OLDER}, the last that reads it"
+        raise UserError(message)
+    types = {'step': int, 'best_val_loss': float, 'model_config': dict, 'train_config': dict,
+             'tokenizer': dict, 'provenance': dict, 'model': dict, 'optimizer': dict}
+    for key, kind in types.items():
+        value = content.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{path}: not a readable checkpoint: its {key} must be of type "
+                            f"{kind.__name__}, not {value!r:.40}")
     return content
 
 
 def read(path, what, instead=''):
-    """What write() wrote, on the CPU. UserError, with `instead` at its end, if the file is damaged."""
+    """The content that write() wrote, on the CPU. UserError, ending with `instead`, if damaged."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums it has written
+        with zipfile.ZipFile(path) as file:  # torch.load does not verify the checksums in the file
             damaged = file.testzip()
         content = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not a readable {what}, truncated or not ours ({type(error).__name__}){instead}") from error
+        raise UserError(f"{path}: not a readable {what}, truncated or of another kind "
+                        f"({type(error).__name__}){instead}") from error
     if damaged:
         raise UserError(f"{path}: damaged, {damaged} differs from its checksum{instead}")
     return content
 
 
-def glance(path, key, kind):
-    """What a checkpoint has under a key, its tensors left on the disk; None if there is none of this kind that can be read."""
-    try:
-        found = torch.load(path, map_location='cpu', mmap=True, weights_only=True)[key]
-    except Exception:  # load() will say what is wrong with it
+def read_value(path, key, kind):
+    """The value of one key of a checkpoint. None if it cannot be read or is not of this type."""
+    try:  # mmap: the tensors stay on the disk
+        value = torch.load(path, map_location='cpu', mmap=True, weights_only=True)[key]
+    except Exception:  # load() raises a UserError for such a file
         return None
-    return found if type(found) is kind else None
+    return value if type(value) is kind else None
 
 
 def step_of(path: str) -> int:
-    """The step of a checkpoint; -1 if there is none that can be read."""
-    step = glance(path, 'step', int)
+    """The step of a checkpoint; -1 if it cannot be read."""
+    step = read_value(path, 'step', int)
     return -1 if step is None else step
 
 
 def newest_model_config(out_dir):
     """The model_config of the newest checkpoint in out_dir; {} if it cannot be read."""
-    folders, path = numbered(out_dir, folders=True), os.path.join(out_dir, 'ckpt.pt')
+    folders, path = checkpoints_by_step(out_dir, folders=True), os.path.join(out_dir, 'ckpt.pt')
     if folders and max(folders) > step_of(path):
         path = os.path.join(folders[max(folders)], 'content.pt')
-    return glance(path, 'model_config', dict) or {}
+    return read_value(path, 'model_config', dict) or {}
 
 
-# -- those kept beside the last
+# -- checkpoints with their step in their name
 
 
 def name_at(out_dir, step):
     return os.path.join(out_dir, f'ckpt-{step:08}')
 
 
-def numbered(out_dir: str, folders: bool = False) -> dict[int, str]:
-    """{step: path} of the checkpoints in out_dir that have their step in their name: files, or folders of shards."""
-    end = '' if folders else r'\.pt'
+def checkpoints_by_step(out_dir: str, folders: bool = False) -> dict[int, str]:
+    """{step: path} of the files, or the folders of shards, in out_dir that are named by a step."""
+    suffix = '' if folders else r'\.pt'
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    found = {int(m[1]): os.path.join(out_dir, m[0]) for name in names if (m := re.fullmatch(r'ckpt-(\d+)' + end, name))}
-    return {step: found[step] for step in sorted(found) if os.path.isdir(found[step]) == folders}
+    matches = [m for name in names if (m := re.fullmatch(r'ckpt-(\d+)' + suffix, name))]
+    paths = {int(m[1]): os.path.join(out_dir, m[0]) for m in matches}
+    return {step: paths[step] for step in sorted(paths) if os.path.isdir(paths[step]) == folders}
 
 
 def prune(out_dir, step, keep_last, keep=(), folders=False):
-    """Leave the last `keep_last` up to `step` and those of `keep`. What is later is of a past that was given up."""
-    found = numbered(out_dir, folders)
-    last = [s for s in found if s <= step][-keep_last:] if keep_last else []
-    for s, path in found.items():
-        if s not in {*last, *keep}:
-            try:
-                remove_shards(path) if folders else os.remove(path)
-            except OSError as error:
-                raise UserError(f"cannot remove {path}: {error.strerror}") from None
+    """
+    Remove the checkpoints named by their step, except the last `keep_last` of those up to `step`
+    and the steps in `keep`. Those after `step` are of a run that was resumed before them.
+    """
+    paths = checkpoints_by_step(out_dir, folders)
+    last = [s for s in paths if s <= step][-keep_last:] if keep_last else []
+    for s, path in paths.items():
+        if s in last or s in keep:
+            continue
+        try:
+            if folders:
+                remove_shards(path)
+            else:
+                os.remove(path)
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def fallback_hint(path):
-    kept = list(numbered(os.path.dirname(path) or '.').values())
-    return f"; the one before it is {kept[-2]}: copy it to {path}" if len(kept) > 1 and path.endswith('ckpt.pt') else ''
+    """The end of an error message about ckpt.pt: which older checkpoint can replace it."""
+    paths = list(checkpoints_by_step(os.path.dirname(path) or '.').values())
+    if len(paths) < 2 or not path.endswith('ckpt.pt'):
+        return ''
+    return f"; the one before it is {paths[-2]}: copy it to {path}"
 
 
-def sweep(out_dir):
-    """Remove what a killed run has left half-written: only what has a name that a run gives."""
+def remove_unfinished(out_dir):
+    """Remove the unfinished files of a killed run. A file with a name that no run gives is kept."""
+    ours = re.compile(r'((ckpt(-\d+)?|best)\.pt|log\.jsonl|wandb\.json)\.partial')
     for name in os.listdir(out_dir):
         path = os.path.join(out_dir, name)
         if os.path.isdir(path) and re.fullmatch(r'ckpt-\d+\.partial', name):
             with contextlib.suppress(OSError):
                 remove_shards(path)
-        elif not os.path.isdir(path) and re.fullmatch(r'((ckpt(-\d+)?|best)\.pt|log\.jsonl|wandb\.json)\.partial', name):
+        elif not os.path.isdir(path) and ours.fullmatch(name):
             os.remove(path)
 
 
 def remove_shards(folder):
-    """Remove a folder of a sharded checkpoint, finished or not; one with something else in it stays as it is."""
+    """Remove a folder of shards, finished or not. Leave it if there is any other file in it."""
     ours = re.compile(r'__\d+_\d+\.distcp|\.metadata(\.tmp)?|content\.pt(\.partial)?')
     if all(ours.fullmatch(name) for name in os.listdir(folder)):
         shutil.rmtree(folder)
 
 
-def set_aside(out_dir):
-    """What a run before left, into out_dir/earlier-N/: a new one begins with nothing, a mistake costs nothing. -> N or None"""
+def move_earlier_run(out_dir):
+    """
+    Move what an earlier run has saved to out_dir/earlier-N/, so that a new run starts in an empty
+    folder and nothing is lost. -> N, or None if there was nothing
+    """
     names = os.listdir(out_dir)
     old = [name for name in names if re.fullmatch(r'ckpt(-\d+)?(\.pt)?|best\.pt', name)]
     if not old:
         return None
-    n = max((int(m[1]) for name in names if (m := re.fullmatch(r'earlier-(\d+)', name))), default=0) + 1
+    old += [name for name in names if name in ('log.jsonl', 'tensorboard', 'wandb.json')]
+    numbers = [int(m[1]) for name in names if (m := re.fullmatch(r'earlier-(\d+)', name))]
+    n = max(numbers, default=0) + 1
     folder = os.path.join(out_dir, f'earlier-{n}')
     os.makedirs(folder)
-    for name in old + [name for name in names if name in ('log.jsonl', 'tensorboard', 'wandb.json')]:
+    for name in old:
         os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
     return n
 
 
-# -- what is in them
+# -- models and states
 
 
 def build(content: dict, path: str, dropout: float | None = None) -> TitansGPT:
     """The model of a checkpoint. UserError if its weights do not fit its own configuration."""
     try:
-        options = TitansConfig(**content['model_config'] | ({} if dropout is None else {'dropout': dropout}))
-        if options.n_layer > len(content['model']):  # before so many are made
-            raise ValueError(f"{options.n_layer} layers of {len(content['model'])} tensors")
-        with torch.device('meta'):  # nor is memory taken for what is not there
-            shapes = {name: x.shape for name, x in MODELS[options.backbone](options).state_dict().items()}
-        if shapes != {name: x.shape for name, x in content['model'].items()}:
-            raise ValueError("other tensors, or of another shape")
-        model = MODELS[options.backbone](options)
+        changes = {} if dropout is None else {'dropout': dropout}
+        config = TitansConfig(**content['model_config'] | changes)
+        if config.n_layer > len(content['model']):  # a wrong n_layer may be huge
+            raise ValueError(f"{config.n_layer} layers, but {len(content['model'])} tensors")
+        with torch.device('meta'):  # compare the shapes before any memory is allocated
+            shapes = {k: x.shape for k, x in MODELS[config.backbone](config).state_dict().items()}
+        if shapes != {k: x.shape for k, x in content['model'].items()}:
+            raise ValueError("the names or the shapes of the tensors differ")
+        model = MODELS[config.backbone](config)
         model.load_state_dict(content['model'])
-    except Exception as error:  # anything may stand there
-        raise UserError(f"{path}: the weights do not fit the configuration beside them: {error_reason(error)}") from error
+    except Exception as error:  # a file that is not ours may hold anything
+        raise UserError(f"{path}: the weights do not fit the configuration beside them: "
+                        f"{error_reason(error)}") from error
     return model
 
 
-def same_model(content, config, path):
-    """UserError, naming both sides, if a checkpoint's architecture is not the one asked for."""
-    free = {'dropout', 'checkpoint_segments'}  # no weight depends on these
-    free |= {'block_size'} if config.arch != 'gpt' else set()
-    ours = {f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)}
-    theirs = {f.name: content['model_config'].get(f.name, f.default) for f in dataclasses.fields(TitansConfig)}  # some are new
-    differ = [k for k in ours if k not in free and theirs[k] != ours[k]]
+def check_same_model(content, config, path):
+    """UserError, with the values of both, if a checkpoint's architecture differs from config."""
+    ignore = {'dropout', 'checkpoint_segments'}  # no weight depends on these
+    if config.arch != 'gpt':
+        ignore.add('block_size')
+    differ = []
+    for f in dataclasses.fields(TitansConfig):
+        # an option that is newer than the file is not in it
+        saved = content['model_config'].get(f.name, f.default)
+        wanted = getattr(config, f.name)
+        if f.name not in ignore and saved != wanted:
+            differ.append(f"{f.name}={saved!r} there, {wanted!r} asked for")
     if differ:
-        raise UserError(f"{path} is of another architecture: " + ', '.join(
-            f"{k}={theirs[k]!r} there, {ours[k]!r} asked for" for k in differ) + "; give the options it was trained with")
+        raise UserError(f"{path} is of another architecture: {', '.join(differ)}; give the options "
+                        "it was trained with")
 
 
 def pack_state(state, copies=None):
-    """A TitansState as plain types: dicts for its tuples with names, lists for those without. What it has twice stays one."""
+    """
+    A TitansState as plain types: its named tuples become dicts, its plain tuples lists. A tensor
+    that occurs twice is copied once: copies has the copy for each id.
+    """
     copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
         if id(state) not in copies:
@@ -227,15 +267,22 @@ def pack_state(state, copies=None):
 
 
 def fits(state, config, rows):
-    """Whether a state is one of `rows` rows of a model: its structure, and every size that does not change as it reads."""
-    def same(like, x):
-        if isinstance(like, torch.Tensor):
-            return (isinstance(x, torch.Tensor) and x.is_floating_point() == like.is_floating_point() and x.dim() == like.dim()
-                    and all(n in (0, m) for n, m in zip(like.shape[like.dim() > 1:], x.shape[like.dim() > 1:], strict=True))
-                    and (like.dim() < 2 or x.size(0) == rows))
-        if isinstance(like, tuple):
-            return type(x) is type(like) and len(x) == len(like) and all(map(same, like, x))
-        return type(x) is type(like) or (like is None and isinstance(x, torch.Tensor))  # KVCache.own, from the first reset on
+    """Whether a state is one of this model with `rows` rows: same structure, types and sizes."""
+    def same_tensor(fresh, x):
+        if x.is_floating_point() != fresh.is_floating_point() or x.dim() != fresh.dim():
+            return False
+        sizes = list(zip(fresh.shape, x.shape, strict=True))
+        if fresh.dim() > 1:  # the first size is that of the batch, 1 in the fresh state
+            sizes[0] = rows, x.size(0)
+        return all(n in (0, m) for n, m in sizes)  # a size of 0 grows as the model reads
+
+    def same(fresh, x):
+        if isinstance(fresh, torch.Tensor):
+            return isinstance(x, torch.Tensor) and same_tensor(fresh, x)
+        if isinstance(fresh, tuple):
+            return type(x) is type(fresh) and len(x) == len(fresh) and all(map(same, fresh, x))
+        # KVCache has no mask before the first reset
+        return type(x) is type(fresh) or (fresh is None and isinstance(x, torch.Tensor))
     with torch.device('meta'):
         return same(MODELS[config.backbone](config).init_state(1), state)
 
@@ -246,14 +293,16 @@ def unpack_state(packed, device):
         return packed.to(device)
     if isinstance(packed, dict):
         return STATES[tuple(packed)](*(unpack_state(x, device) for x in packed.values()))
-    return tuple(unpack_state(x, device) for x in packed) if isinstance(packed, list) else packed
+    if isinstance(packed, list):
+        return tuple(unpack_state(x, device) for x in packed)
+    return packed
 
 
 def select_rows(state, rows):
-    """The rows of a state that the slice `rows` has; what has no rows, such as positions, is the same for all."""
+    """The rows of a state in the slice `rows`. Values without rows, such as positions, are kept."""
     return map_state(lambda x: x if x.dim() < 2 else x[rows].clone(), state)
 
 
 def join_rows(states):
-    """The rows of several states as one."""
+    """One state with the rows of several states."""
     return map_state(lambda *x: x[0] if x[0].dim() < 2 else torch.cat(x), *states)

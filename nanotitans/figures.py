@@ -1,5 +1,5 @@
 """
-Pictures: matplotlib where it is installed, files written whole or not at all, and short labels.
+Pictures: matplotlib if it is installed, files written atomically, and short labels.
 """
 import os
 
@@ -8,7 +8,7 @@ from nanotitans.files import atomic_write
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing into files."""
+    """matplotlib.pyplot, drawing into files only. UserError if matplotlib is not installed."""
     try:
         import matplotlib
         matplotlib.use('Agg')
@@ -19,8 +19,8 @@ def pyplot():
 
 
 def save_figure(figure, path):
-    """A picture, whole or not at all. UserError if it cannot be written."""
-    for text in figure.findobj(pyplot().Text):  # the name of a run's folder may be no text
+    """Write a picture atomically and close the figure. UserError if it cannot be written."""
+    for text in figure.findobj(pyplot().Text):  # a folder's name need not be valid UTF-8
         if not text.get_text().isprintable():
             text.set_text(text.get_text().encode(errors='replace').decode())
     with atomic_write(path) as partial:
@@ -29,11 +29,14 @@ def save_figure(figure, path):
 
 
 def run_names(out_dirs):
-    """What tells runs apart: their paths, without the folders that all of them are in."""
-    above = os.path.commonpath([os.path.dirname(os.path.abspath(d)) for d in out_dirs])
-    return [os.path.relpath(d, above) for d in out_dirs]
+    """A short name for each run: its path without the folders that all runs have in common."""
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(d)) for d in out_dirs])
+    return [os.path.relpath(d, common) for d in out_dirs]
 
 
 def short_count(n):
-    """A number of tokens on an axis: 256, 16K, 2M."""
-    return f'{n // 2 ** 20}M' if n % 2 ** 20 == 0 else f'{n // 1024}K' if n % 1024 == 0 else str(n)
+    """A number of tokens as an axis label: 256, 16K, 2M."""
+    for unit, letter in (2 ** 20, 'M'), (1024, 'K'):
+        if n % unit == 0:
+            return f'{n // unit}{letter}'
+    return str(n)

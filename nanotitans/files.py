@@ -1,5 +1,5 @@
 """
-Files: read as text, written whole or not at all, and what to tell the user when the system refuses.
+Read text files, write files atomically (all or nothing), and find the reason of a failure.
 """
 import codecs
 import contextlib
@@ -12,14 +12,17 @@ from nanotitans.configurator import UserError
 
 
 def error_reason(*errors: BaseException | None) -> str:
-    """The operating system's message if one is in the chain of causes, else the last error's own."""
+    """The operating system's message if it is in the chain of causes, else the last error's."""
     for error in errors:
         while error is not None:
             if isinstance(error, OSError) and error.strerror:
                 return error.strerror
             error = error.__cause__ or error.__context__
-    said = f"{type(errors[-1]).__name__} {errors[-1]}" if isinstance(errors[-1], KeyError) else str(errors[-1])
-    return (said or type(errors[-1]).__name__).splitlines()[0]
+    last = errors[-1]
+    kind, message = type(last).__name__, str(last)
+    if isinstance(last, KeyError):  # its own message is the key alone
+        message = f"{kind} {message}"
+    return (message or kind).splitlines()[0]
 
 
 def sync_folder(path: str) -> None:
@@ -32,7 +35,7 @@ def sync_folder(path: str) -> None:
 
 
 def link_or_copy(path: str, copy: str) -> None:
-    """Give a file another name, replacing what had that name; copy it where the disk cannot link."""
+    """Give a file a second name, replacing what has it. Copy it if the disk has no hard links."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(copy + '.partial')
     try:
@@ -46,7 +49,7 @@ def link_or_copy(path: str, copy: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str) -> Iterator[str]:
-    """Yield a temporary name to write to; it is renamed to `path` at the end. UserError if that cannot be done."""
+    """Yield a temporary name to write to; then rename it to `path`. UserError if that fails."""
     try:
         yield path + '.partial'
         os.replace(path + '.partial', path)
@@ -58,25 +61,32 @@ def atomic_write(path: str) -> Iterator[str]:
 
 
 def save_json(path: str, content: object, indent: int | None = None) -> None:
-    """Write JSON, whole or not at all. UserError if it cannot be written."""
+    """Write JSON atomically. UserError if that fails."""
     with atomic_write(path) as partial, open(partial, 'w', encoding='utf-8') as f:
         json.dump(content, f, indent=indent)
 
 
-def read_text(path: str, what: str = 'text', most: int = -1) -> str:
-    """The text of a file, or of standard input for '-', its first `most` characters. UserError if it is none, or empty."""
+def read_text(path: str, kind: str = 'text', max_chars: int = -1) -> str:
+    """
+    The text of a file, or of standard input if path is '-'; with max_chars only so many characters
+    from its start. UserError, which calls it `kind`, if it is empty, not UTF-8 or not readable.
+    """
     name = 'standard input' if path == '-' else path or "''"
-    most = most if most < 2 ** 28 else -1  # Python takes memory for all that is asked for, before it reads
+    if max_chars >= 2 ** 28:
+        max_chars = -1  # read(n) allocates n bytes, even for a short file
+    max_bytes = 4 * max_chars if max_chars > 0 else -1  # a character has at most 4 bytes
     try:
         with open(0 if path == '-' else path, 'rb', closefd=path != '-') as f:
-            data = f.read(4 * most if most > 0 else -1)
-        text = codecs.getincrementaldecoder('utf-8')().decode(data, final=most < 0 or len(data) < 4 * most)
+            data = f.read(max_bytes)
+        complete = max_chars < 0 or len(data) < 4 * max_chars  # else it may end inside a character
+        text = codecs.getincrementaldecoder('utf-8')().decode(data, final=complete)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: the {what} is not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{name}: the {kind} is not UTF-8 text (byte {error.start})") from None
     if '\0' in text:
-        raise UserError(f"{name}: the {what} is binary (a zero byte at {data.index(0)}), not text")
+        position = data.index(0)
+        raise UserError(f"{name}: the {kind} is binary (a zero byte at {position}), not text")
     if not text:
-        raise UserError(f"{name}: the {what} is empty")
-    return text[:most] if most > 0 else text
+        raise UserError(f"{name}: the {kind} is empty")
+    return text[:max_chars] if max_chars > 0 else text

@@ -1,5 +1,5 @@
 """
-docs/options.md, made from the options themselves: `python -m nanotitans.option_table` writes it anew.
+`python -m nanotitans.option_table` writes docs/options.md from the options in the code.
 """
 import dataclasses
 import os
@@ -10,7 +10,8 @@ import sample
 import train
 from nanotitans.configurator import allowed, comments
 
-PATH = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'docs', 'options.md')
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PATH = os.path.join(ROOT, 'docs', 'options.md')
 
 
 def table(cls):
@@ -19,15 +20,18 @@ def table(cls):
     rows = ['| option | default | meaning | values |', '|---|---|---|---|']
     for f in dataclasses.fields(cls):
         default = f'`{f.default!r}`' if isinstance(f.default, str) else f'`{f.default}`'
-        rows.append(f"| `{f.name}` | {default} | {meaning[f.name].replace('|', ' or ')} | {allowed(hints[f.name])} |")
+        text = meaning[f.name].replace('|', r'\|')  # a bare | would end the table's cell
+        rows.append(f"| `{f.name}` | {default} | {text} | {allowed(hints[f.name])} |")
     return '\n'.join(rows)
 
 
 def page():
-    configs = ('train.py', train.TrainConfig), ('prepare.py', prepare.PrepareConfig), ('sample.py', sample.SampleConfig)
-    parts = [f'## {script}\n\n{table(cls)}\n' for script, cls in configs]
-    return '\n'.join(['# Options\n\nMade from the code by `python -m nanotitans.option_table`. '
-                      '`python train.py --help` shows the same.\n', *parts])
+    configs = {'train.py': train.TrainConfig, 'prepare.py': prepare.PrepareConfig,
+               'sample.py': sample.SampleConfig}
+    parts = ['# Options\n\nMade from the code by `python -m nanotitans.option_table`. '
+             '`python train.py --help` shows the same.\n']
+    parts += [f'## {script}\n\n{table(cls)}\n' for script, cls in configs.items()]
+    return '\n'.join(parts)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """
-The machine a run is on: its device, its number type, and the processes that torchrun started.
+The hardware and the processes of a run: its device, and the processes that torchrun started.
 
-Processes share out the rows of the global batch, so that what a step learns from does not depend on how many there are.
+The processes share the rows of the global batch, so a step learns from the same rows whatever the
+number of processes.
 """
 import itertools
 import math
@@ -26,57 +27,72 @@ BYTES_A_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
 
 
 class Process:
-    """This process among those torchrun started; without torchrun it is rank 0 of 1."""
+    """This process among those that torchrun started. Without torchrun it is rank 0 of 1."""
 
     def __init__(self, device):
-        self.world, self.rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-        self.launched, self.main = 'WORLD_SIZE' in os.environ, self.rank == 0
+        self.launched = 'WORLD_SIZE' in os.environ
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        self.rank = int(os.environ.get('RANK', 0))
+        self.main = self.rank == 0
         self.restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
         self.device = torch.device(pick_device(device))
         if self.launched:
             if not {'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= set(os.environ):
-                raise UserError("WORLD_SIZE is set, but not what else torchrun sets; start several processes with torchrun")
-            if self.device.type == 'cuda':
-                local, there = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-                if local >= there:
-                    raise UserError(f"process {local} of this machine has no GPU of its own; give --nproc_per_node={there}")
-                self.device = torch.device('cuda', local)
-                torch.cuda.set_device(self.device)
-            elif self.device.type != 'cpu':
-                raise UserError(f"device='{self.device.type}' cannot be shared by processes; give --device=cpu, or no torchrun")
-            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo', store=self.store(),
-                                    world_size=self.world, rank=self.rank)
+                raise UserError("WORLD_SIZE is set, but not the other variables of torchrun; start "
+                                "several processes with torchrun")
+            self.take_device()
+            backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
+            dist.init_process_group(backend, store=self.store(), world_size=self.world,
+                                    rank=self.rank)
+
+    def take_device(self):
+        """Take this process's GPU. UserError if it has none, or the device cannot be shared."""
+        if self.device.type == 'cuda':
+            local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise UserError(f"process {local_rank} of this machine has no GPU of its own; give "
+                                f"--nproc_per_node={gpus}")
+            self.device = torch.device('cuda', local_rank)
+            torch.cuda.set_device(self.device)
+        elif self.device.type != 'cpu':
+            raise UserError(f"device='{self.device.type}' cannot be shared by processes; give "
+                            "--device=cpu, or no torchrun")
 
     def store(self):
         """
-        Where the processes meet; None: where PyTorch would have them. After a restart the store that torchrun shares with them
-        still has the addresses of the dead (pytorch/pytorch issue 135712); on one node all know which restart it is.
+        The store where the processes find each other's addresses; None: PyTorch's default. If
+        torchrun restarts the processes, the store that it shares with them still has the addresses
+        of dead ones (pytorch/pytorch issue 135712), so the keys get the number of the restart as a
+        prefix. Only on a single node do all processes agree on that number.
         """
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True' or not self.restarts:
+        shared = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+        if not shared or not self.restarts:
             return None
         if os.environ['GROUP_WORLD_SIZE'] != '1':
-            raise UserError("restarts over several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
-                            "export it, or give --max-restarts=0")
-        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), self.world, is_master=False)
+            raise UserError("restarts over several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                            "in torchrun's environment: export it, or give --max-restarts=0")
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), self.world,
+                              is_master=False)
         return dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
     # -- the global batch
 
-    def share(self, rows, most):
+    def share(self, rows, max_rows):
         """
-        The slices of `rows` rows that are this process's, each of at most `most` rows; every process has as many slices, since
-        sharded ones must step together, and of a batch that does not go up evenly some may be empty.
+        This process's part of `rows` rows, as slices of at most max_rows rows each. Every process
+        gets the same number of slices, since under FSDP all have to take the same steps. If the
+        rows cannot be divided evenly, slices differ by a row, and some may be empty.
         """
         if rows < self.world:
-            raise UserError(f"{self.world} processes cannot share out {rows} rows, batch_size times "
-                            "gradient_accumulation_steps; raise one of them")
+            raise UserError(f"{self.world} processes cannot share out {rows} rows, batch_size "
+                            "times gradient_accumulation_steps; raise one of them")
         first, last = (rows * r // self.world for r in (self.rank, self.rank + 1))
-        n = math.ceil(math.ceil(rows / self.world) / most)
+        n = math.ceil(math.ceil(rows / self.world) / max_rows)
         cuts = [first + (last - first) * i // n for i in range(n + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
     def sum(self, *numbers):
-        """The sum of each number over the processes, a list."""
+        """The sum of each number over the processes, as a list."""
         if self.world == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -84,11 +100,11 @@ class Process:
         return total.tolist()
 
     def any(self, *flags):
-        """For each flag whether it is true for any process, so that all do the same at the same step."""
+        """For each flag, whether it is true in any process. All processes get the same answer."""
         return [n > 0 for n in self.sum(*(int(bool(f)) for f in flags))]
 
     def on_main(self, act, *args):
-        """Rank 0 acts; a UserError ends all processes, and none waits for it."""
+        """Call act on rank 0 only. If it raises UserError, every process ends; none waits."""
         problem = None
         if self.main:
             try:
@@ -96,10 +112,10 @@ class Process:
             except UserError as error:
                 problem = error
         if self.any(problem)[0]:
-            raise problem or SystemExit(1)
+            raise problem or SystemExit(1)  # only rank 0 has the error, and prints it
 
     def gather(self, value):
-        """What each process has, as a list at rank 0; None elsewhere."""
+        """The values of all processes as a list on rank 0; None on the others."""
         if self.world == 1:
             return [value]
         values = [None] * self.world if self.main else None
@@ -108,39 +124,47 @@ class Process:
 
     # -- the model
 
-    def choose(self, parallel, model):
-        """'none', 'ddp' or 'fsdp': auto shards what would take more than half of a GPU's memory before the first token."""
+    def choose_parallel(self, parallel, model):
+        """
+        -> 'none', 'ddp' or 'fsdp'. 'auto' takes fsdp if weights, gradients and AdamW's moments need
+        more than half of a GPU's memory.
+        """
         if not self.launched:
             if parallel == 'fsdp':
-                raise UserError("parallel='fsdp' needs torchrun: torchrun --standalone --nproc_per_node=N train.py ...")
+                raise UserError("parallel='fsdp' needs torchrun: "
+                                "torchrun --standalone --nproc_per_node=N train.py ...")
             return 'none'
         if parallel != 'auto':
             return parallel
         if self.device.type != 'cuda':
             return 'ddp'
-        takes = BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
-        return 'fsdp' if takes > torch.cuda.get_device_properties(self.device).total_memory / 2 else 'ddp'
+        size = BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return 'fsdp' if size > memory / 2 else 'ddp'
 
     def shard(self, model):
         """
-        FSDP2: a block's parameters, DTensors from here on, are together only while it runs. (Autocast's bfloat16 casts of them
-        are kept for the backward on every GPU, 2 bytes a parameter.)
+        Shard the parameters over the processes with FSDP2. They become DTensors, and a block's are
+        gathered only while it runs. (But each GPU keeps autocast's bfloat16 copies of them for the
+        backward, 2 bytes a parameter.)
         """
-        warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing here writes in place
+        # about in-place changes of a view, of which the model has none
+        warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
     def replicate(self, model, unused):
-        """DDP; unused: some parameters get no gradient."""
+        """Wrap the model in DDP. unused: whether some parameters get no gradient."""
         return DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 def run(main):
     """
-    configurator.run for a script that torchrun may have started. One process of several ends at once: Python would take the
-    process group apart under gloo's threads, which aborts or, when they wait for Python themselves, never ends.
+    configurator.run for a script that torchrun may have started. A process of torchrun ends by
+    os._exit: Python's normal exit would destroy the process group while gloo's threads still run.
+    That aborts or, if these threads wait for the interpreter, hangs.
     """
     if 'WORLD_SIZE' not in os.environ:
         configurator.run(main)
@@ -150,12 +174,13 @@ def run(main):
     except SystemExit as end:
         status = end.code
     except RuntimeError as error:
-        if not re.search('gloo|NCCL|Connection (closed|reset)', str(error)):
-            traceback.print_exc()
+        if re.search('gloo|NCCL|Connection (closed|reset)', str(error)):
+            script, reason = os.path.basename(sys.argv[0]), str(error).splitlines()[0]
+            print(f"{script}: rank {os.environ['RANK']} lost another process: {reason}",
+                  file=sys.stderr)
         else:
-            print(f"{os.path.basename(sys.argv[0])}: rank {os.environ['RANK']} lost another process: "
-                  f"{str(error).splitlines()[0]}", file=sys.stderr)
-    except Exception:  # a mistake of ours, shown as Python would
+            traceback.print_exc()
+    except Exception:  # a bug of ours: print what Python would print
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -163,17 +188,17 @@ def run(main):
 
 
 def shard_like(like, tensor):
-    """A whole tensor, spread over the processes as `like` is, if it is."""
+    """Shard a whole tensor as `like` is sharded. Return it as it is if `like` is whole."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor
 
 
 def local_shard(tensor):
-    """The part of a tensor that is here."""
+    """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_full(tensor):
-    """A tensor that may be spread over the processes, put together."""
+    """The whole of a tensor that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

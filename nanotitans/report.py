@@ -1,13 +1,11 @@
 """
-What a training run says about itself: the table at its start, how long it still takes, and what to look at when its numbers are
-no longer finite.
+What a training run prints about itself: the table at its start, and durations.
 """
 import math
 import os
 import subprocess
 
 from nanotitans.kernels import native
-from nanotitans.parallel import gather_full
 
 
 def clock(seconds):
@@ -17,29 +15,34 @@ def clock(seconds):
 
 
 def commit():
-    """The commit this code is at, '+' if it was changed since, '' outside a repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    """The commit of this code, with '+' if tracked files have changed; '' outside a repository."""
+    git = ['git', '-C', os.path.dirname(os.path.abspath(__file__))]
     try:
-        git = [subprocess.run(['git', '-C', here, *a], capture_output=True, text=True, check=True).stdout.strip()
-               for a in (('rev-parse', '--short', 'HEAD'), ('status', '--porcelain', '-uno'))]
-        return git[0] + ('+' if git[1] else '')
+        head, changes = (
+            subprocess.run(git + args, capture_output=True, text=True, check=True).stdout.strip()
+            for args in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
     except (OSError, subprocess.CalledProcessError):
         return ''
+    return head + '+' if changes else head
 
 
 def opening_table(run):
-    """What a train.Run is about to do. -> [(name, value)]"""
+    """The table that a train.Run prints at its start. -> [(name, value)]"""
     config, process = run.config, run.process
+    attention = 'none' if 'n_head' in config.unused() else 'scaled_dot_product_attention'
+    dtype = str(run.dtype).removeprefix('torch.')
+    sizes = f"{config.batch_size} x {config.block_size} x {config.gradient_accumulation_steps}"
     rows = [('parameters', parameters(run)),
-            ('data', f"{config.dataset}, {run.data.tokens['train']:,} tokens, vocabulary {config.vocab_size:,}"),
-            ('tokens a step', f"{run.rows * config.block_size:,}  ({config.batch_size} x {config.block_size}"
-                              f" x {config.gradient_accumulation_steps})"),
+            ('data', f"{config.dataset}, {run.data.tokens['train']:,} tokens, "
+                     f"vocabulary {config.vocab_size:,}"),
+            ('tokens a step', f"{run.rows * config.block_size:,}  ({sizes})"),
             ('device', f"{run.device}{', compiled' if config.compile else ''}"),
-            ('attention', run.attention)]
+            ('attention', f"{attention}, {dtype}")]
     if process.launched:
-        most = math.ceil(run.rows / process.world)
-        rows.append(('processes', f"{process.world}, {run.parallel}; each {most} of a step's {run.rows} rows, in "
-                                  f"{len(run.micro_batches)} micro-batches"))
+        largest = math.ceil(run.rows / process.world)
+        rows.append(('processes', f"{process.world}, {run.parallel}; each takes at most {largest} "
+                                  f"of a step's {run.rows} rows, in {len(run.micro_batches)} "
+                                  "micro-batches"))
     if config.memory_blocks():
         rows += memory_rows(run)
     if config.ignored:
@@ -59,34 +62,32 @@ def parameters(run):
 
 
 def memory_rows(run):
-    """The rows of the table that are about the memory: its size, and where its gates start."""
+    """The rows of the table about the memory: its size, and where its gates start."""
     config = run.config
     theta_share, eta, alpha = config.memory_lr, config.memory_momentum, config.memory_decay
-    theta = theta_share * min((1 - eta) / (1 + eta), config.memory_max_lr)  # NeuralMemory.largest_step at the start
-    size = sum(b.memory.initial.nbytes for b in run.raw.blocks if b.memory is not None) * (2 if eta else 1)
+    # NeuralMemory.largest_step at the start
+    theta = theta_share * min((1 - eta) / (1 + eta), config.memory_max_lr)
+    size = sum(b.memory.initial.nbytes for b in run.raw.blocks if b.memory is not None)
+    stored = 'M'
+    if eta:
+        size, stored = 2 * size, 'M and S'
+    blocks = ','.join(map(str, config.memory_blocks()))
+    frozen = '' if config.update_memory else ', frozen'
     in_c = native.usable(next(run.raw.parameters())) and config.memory_depth == 1
-    half_life = {0: 'never', 1: 'at once'}.get(alpha) or f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens"
-    fixed = config.memory_gates == 'fixed'
-    what = 'M and S' if eta else 'M'
-    return [('memory', f"{size:,} bytes a sequence ({what}), depth {config.memory_depth}, {config.memory_heads} heads, "
-                       f"blocks {','.join(map(str, config.memory_blocks()))}{'' if config.update_memory else ', frozen'}, "
-                       f"computed by {'loop in C' if in_c else 'PyTorch'}"),
-            ('gates', f"{config.memory_gates}; they start here {'and stay there' if fixed else 'and are learned from there'}:"),
+    stay = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
+    momentum = f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'
+    return [('memory', f"{size:,} bytes a sequence ({stored}), depth {config.memory_depth}, "
+                       f"{config.memory_heads} heads, blocks {blocks}{frozen}, "
+                       f"computed by {'a loop in C' if in_c else 'PyTorch'}"),
+            ('gates', f"{config.memory_gates}; they start here {stay}:"),
             ('  memory_lr', f"theta {theta:.3g} = {theta_share:g} of the largest step"),
-            ('  memory_momentum', f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'),
-            ('  memory_decay', f"alpha {alpha:g} = half-life {half_life}")]
+            ('  memory_momentum', momentum),
+            ('  memory_decay', f"alpha {alpha:g} = half-life {half_life(alpha)}")]
 
 
-def not_finite(model, blocks, memory):
-    """Which weights and gradients are not finite, and what the memories did. memory {name: one value a block}. -> text"""
-    named = list(model.named_parameters())
-    tensors = {'weights': named, 'gradients': [(name, p.grad) for name, p in named if p.grad is not None]}
-    where = []
-    for kind, group in tensors.items():
-        names = [name for name, x in group if not gather_full(x.detach()).isfinite().all()]
-        if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ''
-            where.append(f"{kind} not finite in {names[0]}{more}")
-    values = [f"block {b}: " + ' '.join(f"{name} {value[i]:.3g}" for name, value in memory.items())
-              for i, b in enumerate(blocks)]
-    return f"{'; '.join(where)}. {'; '.join(values)}"
+def half_life(alpha):
+    if alpha == 0:
+        return 'never'
+    if alpha == 1:
+        return 'at once'
+    return f"{math.log(2) / -math.log1p(-alpha):,.0f} tokens"

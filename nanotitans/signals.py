@@ -1,5 +1,5 @@
 """
-Signals that ask a program to stop: a training run saves first, a conversation keeps its memory.
+Signals that ask a program to stop: a training run or a conversation saves before it ends.
 """
 import contextlib
 import os
@@ -7,13 +7,18 @@ import signal
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask the run to save and stop."""
+    """
+    Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) ask a run to save and stop. name is the
+    signal that came, or None. A second Ctrl-C raises KeyboardInterrupt.
+    """
 
     def __init__(self):
         self.name = None
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -24,18 +29,22 @@ class Signals:
         if self.name:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            return  # launchers send theirs more than once
+            return  # launchers send the others more than once
         self.name = signal.Signals(number).name
-        if os.environ.get('RANK', '0') == '0':  # os.write: the signal may have come in the middle of a print
+        if os.environ.get('RANK', '0') == '0':
             again = '; once more stops at once, without saving' if number == signal.SIGINT else ''
+            # print() cannot be used: the signal may have interrupted one
             os.write(2, f"{self.name}: stopping after this step{again}\n".encode())
 
 
 @contextlib.contextmanager
 def on_signals(act, *names):
-    """While this lasts signals do what `act` says, but for those that are to be ignored, as nohup wants it."""
-    numbers = [n for name in names if (n := getattr(signal, name, None)) and signal.getsignal(n) != signal.SIG_IGN]
-    before = {n: signal.signal(n, act) for n in numbers}
+    """Handle these signals with `act`. A signal that is ignored stays ignored: nohup needs that."""
+    before = {}
+    for name in names:
+        number = getattr(signal, name, None)  # not every system has every signal
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, act)
     try:
         yield
     finally:
@@ -44,5 +53,5 @@ def on_signals(act, *names):
 
 
 def exit_on_signal(number, frame):
-    """As an exception would: what has to be saved is."""
+    """Exit by an exception, so that `with` and `finally` blocks still save what they have to."""
     raise SystemExit(128 + number)

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator
 
 from nanotitans.configurator import UserError
 
-WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # what may be one token of a word tokenizer
+WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # splits a text for the word tokenizer
 
 
 class Tokenizer:
     """
-    spec: {'kind': 'byte' | 'gpt2'}, {'kind': 'char', 'chars': '...'} or {'kind': 'word', 'words': [...]}: plain, so that a
-    checkpoint can keep it. A word is a run of letters, or a digit, with the space before it; what is not in the list is
-    spelled in bytes, so that any text can be encoded and comes back as it was.
+    spec: {'kind': 'byte' | 'gpt2'}, {'kind': 'char', 'chars': '...'} or
+    {'kind': 'word', 'words': [...]}. These are plain types, so that a checkpoint can contain them.
+    A word is a run of letters or one digit, with the space before it. Words that are not in the
+    list are spelled in bytes, so any text can be encoded and decodes to itself.
     """
 
     def __init__(self, spec):
@@ -32,7 +33,8 @@ class Tokenizer:
             self.chars, self.ids = spec['chars'], {c: i for i, c in enumerate(spec['chars'])}
             self.vocab_size = len(self.chars)
         elif spec['kind'] == 'word':
-            self.words = [bytes([b]) for b in range(256)] + [word.encode() for word in spec['words']]
+            single_bytes = [bytes([b]) for b in range(256)]
+            self.words = single_bytes + [word.encode() for word in spec['words']]
             self.ids = {word: i for i, word in enumerate(self.words)}
             self.vocab_size = len(self.words)
         elif spec['kind'] == 'gpt2':
@@ -42,22 +44,24 @@ class Tokenizer:
             raise UserError(f"tokenizer '{spec['kind']}' is not one of byte, char, word, gpt2")
 
     def encode(self, text: str) -> list[int]:
-        """text -> list of ids. UserError on a character a char tokenizer lacks."""
+        """text -> list of ids. UserError if a char tokenizer does not have a character."""
         if self.spec['kind'] == 'byte':
             return list(text.encode('utf-8', errors='surrogateescape'))
         if self.spec['kind'] == 'gpt2':
             return self.bpe.encode_ordinary(text)
         if self.spec['kind'] == 'word':
-            pieces = WORD.findall(text.encode('utf-8', errors='surrogateescape'))
-            return [i for piece in pieces for i in ([self.ids[piece]] if piece in self.ids else piece)]
-        for at, char in enumerate(text):
+            ids: list[int] = []
+            for word in WORD.findall(text.encode('utf-8', errors='surrogateescape')):
+                ids.extend([self.ids[word]] if word in self.ids else word)  # a byte is its own id
+            return ids
+        for i, char in enumerate(text):
             if char not in self.ids:
-                raise UserError(f"the tokenizer lacks {char!r} (character {at + 1} of the text); it knows "
-                                f"{''.join(self.chars)!r}")
+                raise UserError(f"the tokenizer lacks {char!r} (character {i + 1} of the text); it "
+                                f"knows {''.join(self.chars)!r}")
         return [self.ids[char] for char in text]
 
     def bytes_of(self, token: int) -> bytes:
-        if token >= self.vocab_size:  # a padded vocabulary has more
+        if token >= self.vocab_size:  # the model's vocabulary can be padded
             return b''
         if self.spec['kind'] == 'byte':
             return bytes([token])
@@ -68,7 +72,7 @@ class Tokenizer:
         return self.bpe.decode_single_token_bytes(token)
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text as it becomes complete: a token may end inside a UTF-8 character."""
+        """Yield text as soon as its characters are complete: one may spread over several tokens."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         for token in tokens:
             yield decoder.decode(self.bytes_of(token))
@@ -85,17 +89,25 @@ def gpt2_encoding():
         raise UserError("the gpt2 tokenizer needs tiktoken: pip install -e '.[tiktoken]'") from None
     try:
         return tiktoken.get_encoding('gpt2')
-    except Exception as error:  # tiktoken passes on whatever its download raises
-        raise UserError(f"tiktoken could not get its GPT-2 files ({type(error).__name__}): connect once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has them") from error
+    except Exception as error:  # tiktoken passes on any error of its download
+        raise UserError(f"tiktoken could not get its GPT-2 files ({type(error).__name__}): connect "
+                        "once to the network, or set TIKTOKEN_CACHE_DIR to a folder that has "
+                        "them") from error
+
+
+def words_of(text):
+    """-> the words of a text in order, without single bytes, which need no place in the list"""
+    return [word.decode() for word in WORD.findall(text.encode()) if len(word) > 1]
 
 
 def word_tokenizer(vocabulary, text, size):
-    """The words of a vocabulary and the most common ones of text, size in all."""
-    counts = collections.Counter(piece.decode() for piece in WORD.findall(' '.join(text.split()).encode()) if len(piece) > 1)
-    ours = [piece.decode() for piece in WORD.findall(vocabulary.encode()) if len(piece) > 1]
-    common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if word.startswith(' ')]
-    words = list(dict.fromkeys(ours + common))
-    if size < len(dict.fromkeys(ours)):
-        raise UserError(f"words={size} must be at least the {len(dict.fromkeys(ours))} that are always needed")
+    """A tokenizer of `size` words: all words of `vocabulary`, then the most common ones of text."""
+    required = list(dict.fromkeys(words_of(vocabulary)))
+    if size < len(required):
+        raise UserError(f"words={size} must be at least the {len(required)} words that are always "
+                        "needed")
+    counts = collections.Counter(words_of(' '.join(text.split())))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    common = [word for word, _ in ordered if word.startswith(' ')]
+    words = list(dict.fromkeys(required + common))
     return Tokenizer({'kind': 'word', 'words': words[:size]})

@@ -1,7 +1,8 @@
 """
-What a run reports: log.jsonl, a row of numbers a line, and, where asked for, the same to wandb and TensorBoard under the same
-names. All of it lies in out_dir, and a resumed run goes on in it: rows after its checkpoint are cut off, they will come again.
-(A server of wandb keeps what it was sent: it takes only the rows of steps that it does not have yet.)
+The log of a run: log.jsonl, one JSON object of numbers a line. If the options ask for it, wandb and
+TensorBoard get the same numbers under the same names. All files are in out_dir, and a resumed run
+continues them: it first removes the rows after its checkpoint, since those steps will run again. (A
+wandb server never removes a row. It only takes the rows of steps that it does not have yet.)
 """
 import dataclasses
 import json
@@ -12,19 +13,25 @@ from nanotitans.files import error_reason, save_json
 
 
 def scalars(metrics, blocks):
-    """Metrics as single numbers: 'memory', {name: one value a block}, becomes memory/NAME/BLOCK."""
-    memory = {f"memory/{name.strip('|')}/{block}": value for name, values in metrics.get('memory', {}).items()
-              for block, value in zip(blocks, values, strict=True)}
-    return {name: value for name, value in metrics.items() if name != 'memory'} | memory
+    """
+    Metrics as single numbers. The entry 'memory' is {name: one value a block}; each of its values
+    becomes an entry memory/NAME/BLOCK.
+    """
+    result = {name: value for name, value in metrics.items() if name != 'memory'}
+    for name, values in metrics.get('memory', {}).items():
+        for block, value in zip(blocks, values, strict=True):
+            result[f"memory/{name.strip('|')}/{block}"] = value
+    return result
 
 
 class Tracker:
-    """The reports of a TrainConfig's run, for one of its processes to open. As a context manager it closes them."""
+    """The log of one run. Only one of its processes opens it. As a context manager it closes it."""
 
     def __init__(self, config):
         self.config, self.path = config, os.path.join(config.out_dir, 'log.jsonl')
-        self.tokens_a_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
-        self.counted = 0, 0  # a step, and the tokens read by then
+        rows = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = rows * config.block_size
+        self.counted = 0, 0  # the last step logged, and the tokens read until then
         self.wandb = self.tensorboard = None
 
     def __enter__(self):
@@ -34,23 +41,24 @@ class Tracker:
         if self.tensorboard:
             try:
                 self.tensorboard.close()
-            except OSError:  # every row was flushed, or its error said
+            except OSError:  # log() has flushed every row, or has already raised this error
                 pass
         if self.wandb:
             self.wandb.finish(exit_code=int(kind is not None))
 
     def open(self, step=None):
-        """Go on after `step`, that of the checkpoint; None: begin."""
-        kept = []
+        """Continue the log after `step`, the checkpoint's; None: start a new log."""
+        lines = []
         try:
             if step is not None and os.path.exists(self.path):
                 with open(self.path, encoding='utf-8') as f:
-                    kept = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= step]
-            last = json.loads(kept[-1]) if kept else {}
+                    lines = [line for line in f
+                             if line.endswith('\n') and json.loads(line)['step'] <= step]
+            last = json.loads(lines[-1]) if lines else {}
             if 'tokens' in last:
                 self.counted = int(last['step']), int(last['tokens'])
             with open(self.path + '.partial', 'w', encoding='utf-8') as f:
-                f.writelines(kept)
+                f.writelines(lines)
             os.replace(self.path + '.partial', self.path)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
@@ -67,7 +75,8 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(folder, purge_step=0 if step is None else step + 1)
         except ImportError:
-            raise UserError("tensorboard_log=True needs tensorboard: pip install -e '.[tensorboard]'") from None
+            raise UserError("tensorboard_log=True needs tensorboard: "
+                            "pip install -e '.[tensorboard]'") from None
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error_reason(error)}") from None
 
@@ -77,26 +86,31 @@ class Tracker:
             import wandb
         except ImportError:
             raise UserError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
+        run_id = None
         try:
             with open(path, encoding='utf-8') as f:
-                name = str(json.load(f)['id']) if step is not None else None
+                if step is not None:
+                    run_id = str(json.load(f)['id'])
         except FileNotFoundError:
-            name = None
+            pass
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; move it away to resume as a new run of wandb") from None
+            raise UserError(f"{path} is damaged; move it away to resume as a new run of "
+                            "wandb") from None
         try:
-            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir, id=name,
-                                    resume='allow', dir=config.out_dir, config=dataclasses.asdict(config))
-        except Exception as error:  # settings and the service raise what they like
-            said = ' '.join(str(error).split()).rstrip('.')
-            raise UserError(f"wandb: {said:.200}; log in, or set WANDB_MODE=offline") from error
+            self.wandb = wandb.init(project=config.wandb_project, id=run_id, resume='allow',
+                                    name=config.wandb_run_name or config.out_dir,
+                                    dir=config.out_dir, config=dataclasses.asdict(config))
+        except Exception as error:  # wandb's settings and its service can raise anything
+            reason = ' '.join(str(error).split()).rstrip('.')
+            raise UserError(f"wandb: {reason:.200}; log in, or set WANDB_MODE=offline") from error
         save_json(path, {'id': self.wandb.id})
 
     def log(self, step, metrics):
-        """One row, everywhere."""
-        at, tokens = self.counted
-        self.counted = step, tokens + (step - at) * self.tokens_a_step
-        metrics = {'tokens': self.counted[1], **metrics}
+        """Add one row to log.jsonl, wandb and TensorBoard."""
+        last_step, tokens = self.counted
+        tokens += (step - last_step) * self.tokens_per_step
+        self.counted = step, tokens
+        metrics = {'tokens': tokens, **metrics}
         try:
             with open(self.path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps({'step': step, **metrics}) + '\n')
@@ -108,10 +122,15 @@ class Tracker:
         if self.wandb:
             self.wandb.log(values, step=step)
         if self.tensorboard:
-            try:
-                for name, value in values.items():
-                    if name != 'tokens' or step > at or not step:  # a step has a row of training and one of evaluation
-                        self.tensorboard.add_scalar(name, value, step)
-                self.tensorboard.flush()  # what a kill leaves reaches as far as log.jsonl
-            except OSError as error:
-                raise UserError(f"cannot write {self.tensorboard.log_dir}: {error_reason(error)}") from None
+            if 0 < step <= last_step:  # the second row of a step, its evaluation
+                values = {name: value for name, value in values.items() if name != 'tokens'}
+            self.log_to_tensorboard(step, values)
+
+    def log_to_tensorboard(self, step, values):
+        try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()  # after a kill it must not have fewer rows than log.jsonl
+        except OSError as error:
+            folder = self.tensorboard.log_dir
+            raise UserError(f"cannot write {folder}: {error_reason(error)}") from None

@@ -1,1 +1,1 @@
-"""What is made up to be remembered: rows of tokens, and how much each counts as a target."""
+"""Tasks for the memory: rows of tokens, and how much each token counts as a target."""

@@ -1,9 +1,11 @@
 """
-Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh et al., arXiv 2404.06654), for any tokenizer.
+Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh et al., arXiv
+2404.06654), for any tokenizer.
 
-A needle is a sentence, "One of the special magic numbers for harbor is: 4821907.", put at a sentence boundary of a haystack;
-a question at the end asks for it, and the value must be in the greedy continuation. `prepare.py needle` makes training
-rows and an evaluation set of them, `eval_needle.py` asks.
+A needle is a sentence such as "One of the special magic numbers for harbor is: 4821907.", inserted
+between two sentences of a haystack. A question at the end asks for the value, which must be in the
+greedy continuation. `prepare.py needle` makes training rows and an evaluation set; `eval_needle.py`
+evaluates a model.
 
     task           haystack  values   needles
     pass-key       noise     numbers  1
@@ -28,27 +30,30 @@ ASK_ONE = (" What is the special magic {kind} for {keys} mentioned in the provid
            " The special magic {kind} for {keys} mentioned in the provided text is")
 ASK_ALL = (" What are all the special magic {kind} for {keys} mentioned in the provided text?"
            " The special magic {kind} for {keys} mentioned in the provided text are")
-KEYS = """acorn anchor apple arrow badge banjo barrel basket beacon beetle bottle bridge bucket button cabin cactus camel
-candle canyon carpet castle cedar cherry circle clock cloud clover cobalt comet copper coral cotton cradle crystal dagger
-daisy desert diamond dolphin dragon drum eagle ember engine falcon feather fiddle flute forest fossil garden glacier
-goblet granite guitar hammer harbor hazel helmet hollow honey horizon island ivory jacket jasper jungle kettle ladder
-lagoon lantern lemon lighthouse lily lizard magnet maple marble meadow mirror monsoon mountain needle nickel oak oasis
-ocean olive orchard otter oyster paddle palace panther parrot pebble pepper piano pillow planet plum pocket pond
-prairie pumpkin quartz rabbit raven ribbon river rocket saddle sailor salmon sapphire shadow silver sparrow spider spruce
-statue summit sunset swan temple thunder tiger timber tower trumpet tulip tunnel turtle valley velvet violin walnut
-whistle willow window winter wizard zebra""".split()
+KEYS = """acorn anchor apple arrow badge banjo barrel basket beacon beetle bottle bridge bucket
+button cabin cactus camel candle canyon carpet castle cedar cherry circle clock cloud clover cobalt
+comet copper coral cotton cradle crystal dagger daisy desert diamond dolphin dragon drum eagle ember
+engine falcon feather fiddle flute forest fossil garden glacier goblet granite guitar hammer harbor
+hazel helmet hollow honey horizon island ivory jacket jasper jungle kettle ladder lagoon lantern
+lemon lighthouse lily lizard magnet maple marble meadow mirror monsoon mountain needle nickel oak
+oasis ocean olive orchard otter oyster paddle palace panther parrot pebble pepper piano pillow
+planet plum pocket pond prairie pumpkin quartz rabbit raven ribbon river rocket saddle sailor salmon
+sapphire shadow silver sparrow spider spruce statue summit sunset swan temple thunder tiger timber
+tower trumpet tulip tunnel turtle valley velvet violin walnut whistle willow window winter wizard
+zebra""".split()
 
 
 class Task(NamedTuple):
     haystack: str     # noise or text
-    kind: str         # what the values are: numbers or uuids
-    keys: int = 1     # different keys hidden
+    kind: str         # of the values: numbers or uuids
+    keys: int = 1     # different keys in the haystack
     values: int = 1   # values of each key
     asked: int = 1    # keys asked for
 
 
-TASKS = {'pass-key': Task('noise', 'numbers'), 'number': Task('text', 'numbers'), 'uuid': Task('text', 'uuids'),
-         'multi-key': Task('text', 'numbers', keys=4), 'multi-value': Task('text', 'numbers', values=4),
+TASKS = {'pass-key': Task('noise', 'numbers'), 'number': Task('text', 'numbers'),
+         'uuid': Task('text', 'uuids'), 'multi-key': Task('text', 'numbers', keys=4),
+         'multi-value': Task('text', 'numbers', values=4),
          'multi-query': Task('text', 'numbers', keys=4, asked=4)}
 
 
@@ -63,27 +68,33 @@ def listing(items):
 
 
 def question(kind, facts, keys):
-    """Question and answer about some keys. facts: [(key, value)] in the order of the text. -> str, str, values"""
+    """
+    Ask for the values of some keys. facts: [(key, value)] in the order of the text.
+    -> question, answer, [value]
+    """
     values = [value for key, value in facts if key in keys]
-    ask, kind = (ASK_ONE, kind[:-1]) if len(values) == 1 else (ASK_ALL, kind)
-    return ask.format(kind=kind, keys=listing(keys)), ' ' + ', '.join(values) + '.', values
+    answer = ' ' + ', '.join(values) + '.'
+    if len(values) == 1:
+        return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer, values
+    return ASK_ALL.format(kind=kind, keys=listing(keys)), answer, values
 
 
 def sentences(text):
-    """Text as sentences, white space made single spaces, each with the space before it."""
+    """-> the sentences of a text, each with one space before it and single spaces inside"""
     return [' ' + s for s in re.split(r'(?<=[.!?]) ', ' '.join(text.split())) if s]
 
 
 def reference():
-    """The Python language reference: prose that lies on every machine with Python."""
+    """The Python language reference: prose that is on every machine with Python."""
     from pydoc_data.topics import topics
     return ' '.join(topics[name] for name in sorted(topics))
 
 
 def held_out(text):
     """
-    -> nine tenths of a text to train on, and the rest. A sentence that comes again is dropped, so that none is in both. (The
-    language reference has a fifth of its sentences twice.)
+    Split a text into nine tenths for training and a held-out tenth. -> two texts. A repeated
+    sentence is dropped, so no sentence is in both. (A fifth of the language reference's sentences
+    are repeated.)
     """
     unique = list(dict.fromkeys(sentences(text)))
     cut = len(unique) * 9 // 10
@@ -91,63 +102,72 @@ def held_out(text):
 
 
 class Haystack:
-    """Sentences as tokens in a ring, of which any length can be cut out, and the boundaries where a needle may go."""
+    """
+    A text as a ring of tokens: a haystack of any length can be cut out of it. Needles may be
+    inserted between its sentences. UserError if it has fewer than min_tokens.
+    """
 
-    def __init__(self, text, tokenizer, what='the haystack', least=0):
-        parts = [tokenizer.encode(s) for s in sentences(text)]
-        self.ids = np.concatenate([np.asarray(p, np.int64) for p in parts]) if parts else np.empty(0, np.int64)
-        self.ends = np.cumsum([len(p) for p in parts])
-        if len(parts) < min(least, 2) or len(self.ids) < least:
-            raise UserError(f"{what} is too short for a haystack: {len(parts)} sentences of {len(self.ids)} tokens, at least "
-                            f"{least:,} tokens are needed")
+    def __init__(self, text, tokenizer, name='the haystack', min_tokens=0):
+        parts = [np.asarray(tokenizer.encode(s), np.int64) for s in sentences(text)]
+        self.ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        self.ends = np.cumsum([len(part) for part in parts])
+        if len(parts) < min(min_tokens, 2) or len(self.ids) < min_tokens:
+            raise UserError(f"{name} is too short for a haystack: it has {len(parts)} sentences "
+                            f"and {len(self.ids)} tokens, and needs at least 2 and {min_tokens:,}")
 
     def place(self, u):
-        """The boundary at u in [0, 1) of the ring: where a haystack may end."""
+        """Map u in [0, 1) to a sentence boundary of the ring: the end of a haystack."""
         return int(self.ends[int(u * len(self.ends))])
 
-    def boundary(self, at):
-        """The sentence boundary nearest to `at` of the endless ring."""
-        turn, at = divmod(at, len(self.ids))
-        i = np.searchsorted(self.ends, at)
-        near = (int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
-        return turn * len(self.ids) + min(near, key=lambda end: abs(end - at))
+    def boundary(self, position):
+        """The sentence boundary nearest to a position; positions continue round the ring."""
+        turn, offset = divmod(position, len(self.ids))
+        i = np.searchsorted(self.ends, offset)
+        before, after = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
+        nearest = before if offset - before <= after - offset else after
+        return turn * len(self.ids) + nearest
 
     def fill(self, stop, length, inserts):
         """
-        The `length` tokens of the endless ring before `stop`, with inserts [(depth in 0 to 1, ids)] put in at the sentence
-        boundaries nearest to their depths: yields arrays of up to 64K tokens, so that a haystack may be longer than memory,
-        in the order of the text, and which insert each is (None: haystack).
+        Take the `length` tokens of the ring before `stop` and insert [(depth in [0, 1], ids)] at
+        the sentence boundaries nearest to the depths. Yields (ids, index of the insert or None for
+        haystack) in the order of the text. Arrays have at most 64K tokens, so that a haystack may
+        be larger than memory.
         """
         start, step = stop - length, 1 << 16
-        for which in sorted(range(len(inserts)), key=lambda j: inserts[j][0]):
-            depth, ids = inserts[which]
-            at = min(max(self.boundary(stop - length + round(depth * length)), start), stop)
-            for lo in range(start, at, step):
-                yield self.cut(lo, min(lo + step, at)), None
-            yield np.asarray(ids, np.int64), which
-            start = at
-        for lo in range(start, stop, step):
-            yield self.cut(lo, min(lo + step, stop)), None
+        for index in sorted(range(len(inserts)), key=lambda i: inserts[i][0]):
+            depth, ids = inserts[index]
+            position = self.boundary(stop - length + round(depth * length))
+            position = min(max(position, start), stop)
+            for left in range(start, position, step):
+                yield self.cut(left, min(left + step, position)), None
+            yield np.asarray(ids, np.int64), index
+            start = position
+        for left in range(start, stop, step):
+            yield self.cut(left, min(left + step, stop)), None
 
     def cut(self, start, stop):
         return self.ids[np.arange(start, stop) % len(self.ids)]
 
 
 def draw_facts(rng, kind, names, values):
-    """`values` values for each key named, in random order. -> [(key, value)]"""
+    """Draw `values` values for each name. -> [(name, value)] in random order"""
     return [(name, draw_value(rng, kind)) for name in rng.permutation(names * values).tolist()]
 
 
 def vocabulary():
-    """Every word a needle or a question can have, and the digits."""
-    frames = ''.join(frame.format(kind='', key='', keys='', value='') for frame in (NEEDLE, ASK_ONE, ASK_ALL))
-    return f" {NOISE}{frames} number numbers uuid uuids and {' '.join(KEYS)} {' '.join('0123456789')}"
+    """Every word that needles and questions can have, and the digits."""
+    frames = ''.join(frame.format(kind='', key='', keys='', value='')
+                     for frame in (NEEDLE, ASK_ONE, ASK_ALL))
+    digits = ' '.join('0123456789')
+    return f" {NOISE}{frames} number numbers uuid uuids and {' '.join(KEYS)} {digits}"
 
 
 def evaluation_set(seed, samples=200):
     """
-    For each task its samples as text: 'facts' [key, value, depth], 'asked' keys, and 'place', where in the haystack. The
-    depth, from 0 to 1, is that of a needle in the context; the first asked for goes where the evaluation says instead.
+    -> {task: samples}, as text. A sample has 'facts' [key, value, depth], the keys 'asked' for, and
+    'place', which picks the part of the text that is its haystack. depth in [0, 1] is where the
+    needle is; the evaluation sets another depth for the first needle that is asked for.
     """
     sets = {}
     for number, (name, task) in enumerate(TASKS.items()):
@@ -155,29 +175,35 @@ def evaluation_set(seed, samples=200):
         for i in range(samples):
             rng = generator('needle evaluation', seed, number, i)
             names = rng.choice(KEYS, task.keys, replace=False).tolist()
-            facts = [(*fact, float(rng.random())) for fact in draw_facts(rng, task.kind, names, task.values)]
-            asked = rng.choice(sorted({key for key, _, _ in facts}), task.asked, replace=False).tolist()
+            facts = [(*fact, float(rng.random()))
+                     for fact in draw_facts(rng, task.kind, names, task.values)]
+            keys = sorted({key for key, _, _ in facts})
+            asked = rng.choice(keys, task.asked, replace=False).tolist()
             sets[name].append({'facts': facts, 'asked': asked, 'place': float(rng.random())})
     return sets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training rows
 
-ANSWER_WEIGHT = 2000  # of an answer in the training loss, shared by its tokens, against 1 for every other token
-FIRST = 8           # the first tokens of a value weigh most, 1/i down to 1/FIRST: they alone depend on the key asked for
-QUESTION_WEIGHT = 32   # of each token of a question: the key asked for, above all, has to be known from the others
-LEAST_ROW = 128     # tokens in which a needle, its question and its answer fit
+# weights in the training loss; every other token has weight 1
+ANSWER_WEIGHT = 2000  # of an answer, shared by its tokens
+FIRST = 8             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
+QUESTION_WEIGHT = 32  # of each token of a question: the model has to tell the keys apart
+MIN_ROW = 128       # tokens in which a needle, its question and its answer fit
 
 
 def training_row(rng, tokenizer, haystacks, length):
     """
-    `length` tokens in which several needles are hidden and asked for again and again, at whatever distance: one needle and
-    one question in a row teach a model too slowly. Half of the rows are two texts, of any length, one after the other.
-    haystacks: {'noise': Haystack, 'text': Haystack} -> ids (length,), weights (length,): how each token counts as a target
+    Draw a row of `length` tokens with several needles, each asked for again and again at various
+    distances: rows with one needle and one question teach too slowly. Half of the rows consist of
+    two texts.
+    haystacks: {'noise': Haystack, 'text': Haystack}
+    -> ids (length,), weights (length,): how much each token counts as a target
     """
-    names = rng.permutation(KEYS).tolist()
-    cut = int(rng.integers(LEAST_ROW, length - LEAST_ROW + 1)) if length >= 2 * LEAST_ROW and rng.integers(2) else length
+    names, cut = rng.permutation(KEYS).tolist(), length
+    if length >= 2 * MIN_ROW and rng.integers(2):
+        cut = int(rng.integers(MIN_ROW, length - MIN_ROW + 1))
     texts = [quiz(rng, tokenizer, haystacks, cut, names[:4])]
     if cut < length:
         texts.append(quiz(rng, tokenizer, haystacks, length - cut, names[4:8]))
@@ -185,40 +211,68 @@ def training_row(rng, tokenizer, haystacks, length):
 
 
 def quiz(rng, tokenizer, haystacks, length, names):
-    """One text of a training row: needles for some of the four keys named, their questions, and haystack for the rest."""
-    haystack = haystacks[('noise', 'text')[rng.integers(2)]]
-    kind = 'numbers' if rng.integers(8) else 'uuids'
-    keys, values = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)][rng.integers(8)]
-    facts = draw_facts(rng, kind, names[:keys], values)
-    alike = rng.integers(2)  # values that begin alike: the key has to be kept in mind beyond the first token
-    facts = [(key, facts[0][1][:alike] + value[alike:]) for key, value in facts]
-    if kind == 'numbers' and rng.integers(2):  # of few digits: the last one does not tell what comes next, the key has to
-        few = rng.permutation(10)[:rng.integers(3, 6)]
-        facts = [(key, ''.join(str(few[int(digit) % len(few)]) for digit in value)) for key, value in facts]
-    facts = sorted((float(rng.uniform(0, 0.6)), *fact) for fact in facts)
-    inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value))) for depth, key, value in facts]
+    """Draw one text of a training row. names: the four keys it may use. -> ids, weights"""
+    haystack = haystacks['text' if rng.integers(2) else 'noise']
+    kind, facts = quiz_facts(rng, names)
+    inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value)))
+               for depth, key, value in facts]
     while sum(len(ids) for _, ids in inserts) > length / 2:
         facts.pop()
         inserts.pop()
-    names, answers = sorted({key for _, key, _ in facts}), {}
-    room = length * rng.uniform(0.4, 0.9) - sum(len(ids) for _, ids in inserts)  # for questions
+    room = length * rng.uniform(0.4, 0.9) - sum(len(ids) for _, ids in inserts)
+    answers = {}  # index of an insert -> weights of its last tokens
+    for depth, ids, answer_weights in quiz_questions(rng, tokenizer, kind, facts, room):
+        answers[len(inserts)] = answer_weights
+        inserts.append((depth, ids))
+    rest = length - sum(len(ids) for _, ids in inserts)
+    ids, weights = [], []
+    for part, index in haystack.fill(haystack.place(rng.random()), rest, inserts):
+        ids.append(part)
+        weights.append(np.ones(len(part), np.uint16))
+        if index in answers:
+            weights[-1][:] = QUESTION_WEIGHT
+            weights[-1][-len(answers[index]):] = answers[index]
+    return np.concatenate(ids), np.concatenate(weights)
+
+
+def quiz_facts(rng, names):
+    """Draw the facts of a text. -> kind, [(depth, key, value)] in the order of the text"""
+    kind = 'numbers' if rng.integers(8) else 'uuids'
+    shapes = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)]
+    keys, values = shapes[rng.integers(8)]
+    facts = draw_facts(rng, kind, names[:keys], values)
+    if rng.integers(2):
+        # all values begin with the same character: the model needs the key beyond the first token
+        first = facts[0][1][0]
+        facts = [(key, first + value[1:]) for key, value in facts]
+    if kind == 'numbers' and rng.integers(2):
+        # few different digits: a digit does not tell which one follows it, but the key does
+        few = rng.permutation(10)[:rng.integers(3, 6)]
+        facts = [(key, ''.join(str(few[int(digit) % len(few)]) for digit in value))
+                 for key, value in facts]
+    return kind, sorted((float(rng.uniform(0, 0.6)), key, value) for key, value in facts)
+
+
+def quiz_questions(rng, tokenizer, kind, facts, room):
+    """
+    Yield (depth, ids, weights of the answer) for questions with their answers, up to two rounds
+    over the keys and `room` tokens. A question comes after the needles that it asks for.
+    """
+    names = sorted({key for _, key, _ in facts})
     for key in [*rng.permutation(names), *rng.permutation(names)]:
-        asked = [str(key)] if rng.integers(8) else rng.permutation(names)[:rng.integers(1, len(names) + 1)].tolist()
-        ask, answer, found = question(kind, [fact[1:] for fact in facts], asked)
-        if len(found) == 1 and rng.integers(2):  # in the needle's own words: teaches to write what belongs to which key
+        asked = [str(key)]
+        if not rng.integers(8):
+            asked = rng.permutation(names)[:rng.integers(1, len(names) + 1)].tolist()
+        ask, answer, values = question(kind, [fact[1:] for fact in facts], asked)
+        if len(values) == 1 and rng.integers(2):
+            # in the words of the needle: this teaches to store which value belongs to which key
             ask = NEEDLE.format(kind=kind, key=asked[0], value='').removesuffix(' .')
         ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
         room -= len(ask) + len(answer)
         if room < 0:
-            break
-        shares = [1 / min(i, FIRST) for value in found for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
-        answers[len(inserts)] = np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(answer)]))
-        inserts.append((float(rng.uniform(max(depth for depth, key, _ in facts if key in asked), 1)), ask + answer))
-    ids, weights = [], []
-    for part, which in haystack.fill(haystack.place(rng.random()), length - sum(len(ids) for _, ids in inserts), inserts):
-        ids.append(part)
-        weights.append(np.ones(len(part), np.uint16))
-        if which in answers:
-            weights[-1][:] = QUESTION_WEIGHT
-            weights[-1][-len(answers[which]):] = answers[which]
-    return np.concatenate(ids), np.concatenate(weights)
+            return
+        shares = [1 / min(i, FIRST) for value in values
+                  for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
+        weights = np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(answer)]))
+        last_needle = max(depth for depth, key, _ in facts if key in asked)
+        yield float(rng.uniform(last_needle, 1)), ask + answer, weights

@@ -2,10 +2,10 @@ import pytest
 import torch
 from helpers import TEXT
 
-from nanotitans.dataset import Writer
 from nanotitans.tokenizer import Tokenizer
+from nanotitans.writer import Writer
 
-torch.set_num_threads(1)  # small tensors: threads cost more than they give, and one thread is deterministic
+torch.set_num_threads(1)  # faster for small tensors, and deterministic
 
 
 @pytest.fixture()

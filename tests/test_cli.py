@@ -1,4 +1,4 @@
-"""What a user types, and what comes back: one clear line for every mistake, and nothing half-written."""
+"""What a user types, and what comes back: a mistake gives one line and leaves no half file."""
 import dataclasses
 import hashlib
 import io
@@ -10,9 +10,11 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import TEXT
 
 import bench
 import eval_learning
@@ -34,27 +36,30 @@ from nanotitans.tokenizer import Tokenizer
 from tasks.needle import held_out, reference
 
 HERE = Path(__file__).resolve().parent.parent
-TEXT = ''.join(f"def f{i % 7}(x):\n    return x + {i % 13}\n" for i in range(300))
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--block_size=16', '--segment_len=8',
-        '--batch_size=2', '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--device=cpu']
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--memory_heads=2', '--block_size=16',
+        '--segment_len=8', '--batch_size=2', '--max_iters=2', '--eval_interval=2', '--eval_iters=1',
+        '--device=cpu']
+RUN = ['--dataset=text', *TINY]
+PREPARE = ['text', '--train_path=a.txt', '--tokenizer=char']
 
 
 @pytest.fixture()
 def place(tmp_path, monkeypatch):
-    """A folder with a prepared data set 'text' (characters) and nothing else, as the current directory."""
+    """The current directory, with a text a.txt and the data set 'text' of its characters."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_text(TEXT)
-    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    prepare.main(PREPARE)
     return tmp_path
 
 
 @pytest.fixture()
 def trained(place):
-    assert train.main(['--dataset=text', *TINY]) == 0
+    assert train.main(RUN) == 0
     return place
 
 
 def refused(main, *argv):
+    """-> the message, one line, of the UserError that main raises."""
     with pytest.raises(UserError) as error:
         main(list(argv))
     assert '\n' not in str(error.value)
@@ -71,14 +76,13 @@ def refused(main, *argv):
     ('--compile=maybe', ('compile must be True or False',)),
     ('--arch=rnn', ('arch must be one of', "'mac'")),
     ('--n_embd', ('needs a value', '--n_embd=VALUE')),
-    ('--carry_state --block_size=100', ('block_size=100', 'of 128, where mac can begin', 'block_size=128 is')),
+    ('--carry_state --block_size=100',
+     ('block_size=100', 'of 128, where mac can begin', 'block_size=128 is')),
     ('--arch=mag --window_len=0', ('window_len=0', 'at least 1')),
     ('--segment_len=0', ('segment_len=0', 'at least 1')),
-    ('--batch_size=0', ('batch_size=0',)),
+    ('--batch_size=0', ('batch_size=0',)), ('--beta1=2', ('beta1=2.0',)),
+    ('--reset_prob=2', ('reset_prob=2.0',)), ('--device=cpu:x', ("device='cpu:x'",)),
     ('--learning_rate=nan', ('learning_rate', 'float')),
-    ('--beta1=2', ('beta1=2.0',)),
-    ('--device=cpu:x', ("device='cpu:x'",)),
-    ('--reset_prob=2', ('reset_prob=2.0',)),
     ('config/no_such.py', ('config/no_such.py: no such config file',)),
     ('--seed=9223372036854775808', ('seed must be between -9223372036854775807 and',)),
     (f"--n_layer={'9' * 400}", ('n_layer must be between',)),
@@ -109,9 +113,11 @@ def test_a_wrong_config_file_gets_one_line(tmp_path, source, words):
 def test_precedence_and_types(tmp_path):
     path = tmp_path / 'c.py'
     path.write_text("n_layer = 3\nlearning_rate = 1\n_hidden = 'no option'\nout_dir = 'a=b'\n")
-    config = configurator.load(train.TrainConfig, ['--n_layer=4', str(path), '--wandb_run_name=x=y', '--compile'])
+    argv = ['--n_layer=4', str(path), '--wandb_run_name=x=y', '--compile']
+    config = configurator.load(train.TrainConfig, argv)
     assert (config.n_layer, config.learning_rate, config.out_dir) == (4, 1.0, 'a=b')
-    assert (config.wandb_run_name, config.compile, config.n_head) == ('x=y', True, train.TrainConfig.n_head)
+    assert config.wandb_run_name == 'x=y' and config.compile is True
+    assert config.n_head == train.TrainConfig.n_head
 
 
 @pytest.mark.parametrize('path', sorted((HERE / 'config').glob('*.py')), ids=lambda p: p.name)
@@ -122,14 +128,13 @@ def test_every_config_can_be_switched_to_every_arch(path):
         TitansConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TitansConfig)})
 
 
-def test_what_the_arch_does_not_use_is_said_once(place, capsys):
-    flags = ['--dataset=text', *TINY, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8', '--memory_heads=3',
-             '--memory_depth=-1']
-    assert train.main(flags) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if 'not used by gpt' in line]
-    assert len(said) == 1 and set(said[0].split('gpt')[1].strip().split(', ')) == {
+def test_options_that_the_arch_does_not_use_are_named_once(place, capsys):
+    assert train.main([*RUN, '--arch=gpt', '--write_cost=1', '--carry_state', '--tbptt=8',
+                       '--memory_heads=3', '--memory_depth=-1']) == 0
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'not used by gpt' in line]
+    assert set(line.split('gpt')[1].strip().split(', ')) == {
         'write_cost', 'carry_state', 'tbptt', 'memory_heads', 'segment_len', 'memory_depth'}
-    assert train.main(['--dataset=text', *TINY, '--arch=mac', '--max_iters=0']) == 0
+    assert train.main([*RUN, '--arch=mac', '--max_iters=0']) == 0
     assert 'not used' not in capsys.readouterr().out
 
 
@@ -140,22 +145,21 @@ def test_print_config_and_help_exit_zero(capsys):
         assert not end.value.code and words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('seed', ['-1', '18446744073709551616'])
-@pytest.mark.parametrize('config', [train.TrainConfig, sample.SampleConfig, eval_talk.TalkConfig, eval_learning.LearningConfig,
-                                    eval_recall.RecallConfig], ids=lambda c: c.__name__)
-def test_a_seed_is_one_that_every_generator_takes(config, seed):
-    assert 'seed' in refused(lambda argv: configurator.load(config, argv), f'--seed={seed}')
-
-
 @pytest.mark.parametrize('config, flag, words', [
+    *((config, '--seed=-1', 'seed=-1') for config in (
+        train.TrainConfig, sample.SampleConfig, eval_talk.TalkConfig, eval_learning.LearningConfig,
+        eval_recall.RecallConfig)),
     (bench.BenchConfig, '--gpus=0', 'gpus=0 must be at least 1'),
     (bench.BenchConfig, '--gpu_flops=0', 'gpu_flops=0.0 must be above 0'),
     (bench.BenchConfig, '--threads=100000', 'threads=100000 must be in [0, 1024]'),
-    (bench.BenchConfig, '--sizes=1x99999999999999999999', 'sizes=1x99999999999999999999 must be rows x tokens'),
-    (eval_talk.TalkConfig, '--gaps=99999999999999999999', "gaps='99999999999999999999' must be at least 0 and at most"),
-    (eval_needle.NeedleConfig, '--lengths=99999999999999999999', 'must be at least 1 and at most 1099511627776'),
+    (bench.BenchConfig, '--sizes=1x99999999999999999999',
+     'sizes=1x99999999999999999999 must be rows x tokens'),
+    (eval_talk.TalkConfig, '--gaps=99999999999999999999',
+     "gaps='99999999999999999999' must be at least 0 and at most"),
+    (eval_needle.NeedleConfig, '--lengths=99999999999999999999',
+     'must be at least 1 and at most 1099511627776'),
 ])
-def test_numbers_that_no_machine_can_do(config, flag, words):
+def test_numbers_out_of_range_are_refused(config, flag, words):
     assert words in refused(lambda argv: configurator.load(config, argv), flag)
 
 
@@ -166,17 +170,17 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     assert "device='cuda:1' is not there" in refused(lambda argv: pick_device(*argv), 'cuda:1')
 
 
-def test_a_text_that_is_shorter_than_asked_for_is_read(place):
-    """However much is asked for: no memory is taken for what is not there."""
-    assert read_text('a.txt', most=2 ** 62) == TEXT
+def test_a_limit_far_above_the_size_of_a_text_takes_no_memory(place):
+    assert read_text('a.txt', max_chars=2 ** 62) == TEXT
 
 
-# -- what comes out
+# -- what is printed
 
 
 def outcome(monkeypatch, main, *argv):
-    """What configurator.run makes of main at a terminal that knows ASCII alone. -> exit status, what is printed"""
-    streams = [io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict', write_through=True) for _ in range(2)]
+    """configurator.run(main) at a terminal that knows only ASCII. -> exit status, stdout, stderr"""
+    streams = [io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict', write_through=True)
+               for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(sys, 'stdout', streams[0])
         patch.setattr(sys, 'stderr', streams[1])
@@ -187,40 +191,51 @@ def outcome(monkeypatch, main, *argv):
 
 
 def test_what_a_terminal_does_not_know_comes_out_escaped(place, monkeypatch):
-    """Text, and the bytes of a file's name that are no text."""
-    assert outcome(monkeypatch, lambda argv: print('d\u00e9 \udcff')) == (None, 'd\\xe9 \\udcff\n', '')
+    """A character, and bytes in a file name that are not UTF-8."""
+    result = outcome(monkeypatch, lambda argv: print('d\u00e9 \udcff'))
+    assert result == (None, 'd\\xe9 \\udcff\n', '')
     os.rename('a.txt', b'\xff.txt')
-    status, out, _ = outcome(monkeypatch, prepare.main, 'text', '--train_path=\udcff.txt', '--data_dir=\udcff')
+    argv = ['text', '--train_path=\udcff.txt', '--data_dir=\udcff']
+    status, out, _ = outcome(monkeypatch, prepare.main, *argv)
     assert status is None and out.startswith('\\udcff/text: ')
     status, _, err = outcome(monkeypatch, prepare.main, 'text', '--train_path=FILE:\udcff')
     assert (status, err) == (1, 'script.py: FILE:\\udcff: No such file or directory\n')
 
 
 def test_what_was_typed_is_utf8_whatever_the_locale():
-    """A locale of ASCII leaves the bytes of a character as surrogates; what is no character keeps its byte."""
-    assert sample.read_prompt('d\udcc3\udca9\udcff') == 'd\u00e9\udcff'
+    """In an ASCII locale each byte of a character is a surrogate; bytes that are not UTF-8 stay."""
+    prompt = sample.read_prompt('d\udcc3\udca9\udcff')
+    assert prompt == 'd\u00e9\udcff'
     assert sample.SampleConfig(stop='\udcc3\udca9|\u00e9').stops() == ['\u00e9', '\u00e9']
-    assert Tokenizer({'kind': 'byte'}).encode(sample.read_prompt('d\udcc3\udca9\udcff')) == [*'d\u00e9'.encode(), 255]
+    assert Tokenizer({'kind': 'byte'}).encode(prompt) == [*'d\u00e9'.encode(), 255]
     assert 'prompt is not text' in refused(lambda argv: sample.read_prompt(*argv), '\ud800')
 
 
-@pytest.mark.parametrize('error', [MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\nMore'),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), OverflowError('too large')])
+@pytest.mark.parametrize('error', [
+    MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\nMore'),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), OverflowError('too large')])
 def test_too_little_memory_is_one_line(monkeypatch, error):
-    def fail(argv):
-        raise error
-    status, out, err = outcome(monkeypatch, fail)
-    assert (status, out) == (1, '') and err.startswith('script.py: not enough memory') and err.count('\n') == 1
+    status, out, err = outcome(monkeypatch, Mock(side_effect=error))
+    assert (status, out) == (1, '') and err.count('\n') == 1
+    assert err.startswith('script.py: not enough memory')
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    def fail(argv):
-        raise RuntimeError('a shape is wrong')
+def test_a_bug_keeps_its_traceback(monkeypatch):
     with pytest.raises(RuntimeError):
-        outcome(monkeypatch, fail)
+        outcome(monkeypatch, Mock(side_effect=RuntimeError('a shape is wrong')))
 
 
-def test_a_picture_can_name_what_is_no_text(tmp_path):
+@pytest.mark.parametrize('trace', ['1', ''])
+def test_a_users_mistake_shows_its_traceback_on_request(monkeypatch, trace):
+    def fail(argv):
+        raise UserError("a.pt: damaged") from KeyError('format')
+    monkeypatch.setenv('NANOTITANS_TRACE', trace)
+    _, _, err = outcome(monkeypatch, fail)
+    assert err.endswith('script.py: a.pt: damaged\n')
+    assert ("KeyError: 'format'" in err) == bool(trace)
+
+
+def test_a_label_in_a_figure_may_hold_what_is_not_text(tmp_path):
     plt = pytest.importorskip('matplotlib.pyplot')
     figure, axes = plt.subplots()
     axes.plot([0, 1], label='run \udcff')
@@ -229,11 +244,12 @@ def test_a_picture_can_name_what_is_no_text(tmp_path):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ['run ?']
 
 
-def test_a_script_prints_the_line_and_fails():
-    for script in ('train.py', 'prepare.py'):
-        done = subprocess.run([sys.executable, script, '--learning_rat=1'], cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.count('\n') == 1 and done.stderr.startswith(f"{script}: ")
-        assert 'Traceback' not in done.stderr
+@pytest.mark.parametrize('script', ['train.py', 'prepare.py'])
+def test_a_script_prints_the_line_and_fails(script):
+    command = [sys.executable, script, '--learning_rat=1']
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith(f"{script}: ")
 
 
 # -- data
@@ -241,73 +257,82 @@ def test_a_script_prints_the_line_and_fails():
 
 def test_prepare_text_and_decode(place):
     data = Dataset('data', 'text')
-    tokenizer = Tokenizer(data.tokenizer)
     cut = int(len(TEXT) * 0.9)
     assert data.tokens == {'train': cut, 'val': len(TEXT) - cut}
-    assert tokenizer.decode(data.read('train', [0], cut)[0]) == TEXT[:cut]
-    assert sorted(os.listdir('data')) == ['text'] and sorted(os.listdir('data/text')) == ['meta.json', 'train.bin', 'val.bin']
+    assert Tokenizer(data.tokenizer).decode(data.read('train', [0], cut)[0]) == TEXT[:cut]
+    assert os.listdir('data') == ['text']
+    assert sorted(os.listdir('data/text')) == ['meta.json', 'train.bin', 'val.bin']
 
 
 def test_prepare_stdlib_does_not_leak(tmp_path, capsys):
     """
-    Twice the same. Of the validation bytes in lines of 30 or more, less than 2% stand in the training text, and in no module
-    more than half; the language reference, whose last tenth is held out elsewhere, is not in it.
+    Of the validation bytes in lines of 30 or more, less than 2% are in the training text too, and
+    in no module more than half. The held-out tenth of the language reference is not in it at all.
     """
     for name in ('one', 'two'):
         prepare.main(['stdlib', f'--data_dir={tmp_path / name}'])
     one, two = (Dataset(str(tmp_path / name), 'stdlib') for name in ('one', 'two'))
-    assert one.meta == two.meta and one.meta['about'] == {'python': platform.python_version()}
-    assert f'validation tokens, vocabulary 256; python {platform.python_version()}' in capsys.readouterr().out
-    assert sum(one.tokens.values()) > 7e6 and 0.05 < one.tokens['val'] / sum(one.tokens.values()) < 0.25
-    text = {split: one.flat(split, 0, n).astype('uint8').tobytes() for split, n in one.tokens.items()}
+    python = platform.python_version()
+    assert one.meta == two.meta and one.meta['about'] == {'python': python}
+    assert f'validation tokens, vocabulary 256; python {python}' in capsys.readouterr().out
+    total = sum(one.tokens.values())
+    assert total > 7e6 and 0.05 < one.tokens['val'] / total < 0.25
+    train_text, val_text = (one.flat(split, 0, one.tokens[split]).astype('uint8').tobytes()
+                            for split in ('train', 'val'))
 
     def long_lines(text):
         return [line.strip() for line in text.splitlines() if len(line.strip()) >= 30]
-    known = set(long_lines(text['train']))
-    modules = [long_lines(module) for module in text['val'].split(b'\0')]
+    known = set(long_lines(train_text))
+    modules = [long_lines(module) for module in val_text.split(b'\0')]
     copied = [sum(len(line) for line in module if line in known) for module in modules]
     sizes = [sum(map(len, module)) for module in modules]
-    assert sum(copied) < 0.02 * sum(sizes) and all(c <= 0.5 * size for c, size in zip(copied, sizes, strict=True))
+    assert sum(copied) < 0.02 * sum(sizes)
+    assert all(c <= 0.5 * size for c, size in zip(copied, sizes, strict=True))
     hidden = held_out(reference())[1].encode()
     assert not [line for line in known if len(line) >= 40 and line in hidden]
 
 
 def test_prepare_stdlib_from_another_folder(tmp_path):
-    """What only looks like a module is passed over; every package is in one split; one package alone cannot be split."""
+    """It skips what is not a readable module, and keeps a package in one split; so it needs two."""
+    source = tmp_path / 'src'
+    argv = ['stdlib', f'--source={source}', f'--data_dir={tmp_path}/data']
     for i in range(20):
-        folder = tmp_path / 'src' / f'config-{i}'
+        folder = source / f'config-{i}'
         folder.mkdir(parents=True)
         for j in range(2):
             (folder / f'm{j}.py').write_text(f'# package {i:02}\n' + f'x{i} = {j}\n' * 50)
-    (tmp_path / 'src' / 'dir.py').mkdir()
-    (tmp_path / 'src' / 'gone.py').symlink_to('nowhere.py')
-    (tmp_path / 'src' / os.fsdecode(b'na\xefve.py')).write_text('# package 20\n' + 'y = 1\n' * 100)
-    prepare.main(['stdlib', f'--source={tmp_path}/src', f'--data_dir={tmp_path}/data'])
+    (source / 'dir.py').mkdir()
+    (source / 'gone.py').symlink_to('nowhere.py')
+    (source / os.fsdecode(b'na\xefve.py')).write_text('# package 20\n' + 'y = 1\n' * 100)
+    prepare.main(argv)
     data = Dataset(str(tmp_path / 'data'), 'stdlib')
-    packages = {split: {m[:12] for m in data.flat(split, 0, n).astype('uint8').tobytes().split(b'\0') if m}
-                for split, n in data.tokens.items()}
-    assert len(packages['train']) + len(packages['val']) == 21 and not packages['train'] & packages['val']
+    texts = {split: data.flat(split, 0, n).astype('uint8').tobytes()
+             for split, n in data.tokens.items()}
+    in_train, in_val = ({module[:12] for module in texts[split].split(b'\0') if module}
+                        for split in ('train', 'val'))
+    assert len(in_train) + len(in_val) == 21 and not in_train & in_val
     assert sum(data.documents['train']) + sum(data.documents['val']) == 41
-    shutil.rmtree(tmp_path / 'src')
-    (tmp_path / 'src').mkdir()
-    (tmp_path / 'src' / 'm.py').write_text('x = 1\n' * 50)
-    assert 'a single module or package' in refused(prepare.main, 'stdlib', f'--source={tmp_path}/src', f'--data_dir={tmp_path}')
+    shutil.rmtree(source)
+    source.mkdir()
+    (source / 'm.py').write_text('x = 1\n' * 50)
+    assert 'a single module or package' in refused(prepare.main, *argv)
 
 
-needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='no TIKTOKEN_CACHE_DIR with the GPT-2 files')
+needs_gpt2 = pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ,
+                                reason='no TIKTOKEN_CACHE_DIR with the GPT-2 files')
 
 
 @needs_gpt2
 def test_prepare_openwebtext(place, monkeypatch):
-    """The library's stream, faked: every document in order, ended by <|endoftext|>, the first in 2,000 for validation."""
+    """<|endoftext|> ends each document; the first of 2,000 is for validation. No network."""
     texts = [f'document {i}' for i in range(20)]
     fake = types.ModuleType('datasets')
     fake.load_dataset = lambda name, split, streaming: [{'text': text} for text in texts]
     monkeypatch.setitem(sys.modules, 'datasets', fake)
     prepare.main(['openwebtext', '--num_proc=1'])
     data = Dataset('data', 'openwebtext')
-    got = Tokenizer(data.tokenizer).decode(data.read('train', [0], data.tokens['train'])[0])
-    assert got == ''.join(f'{text}<|endoftext|>' for text in texts[1:])
+    text = Tokenizer(data.tokenizer).decode(data.read('train', [0], data.tokens['train'])[0])
+    assert text == ''.join(f'{text}<|endoftext|>' for text in texts[1:])
 
 
 @needs_gpt2
@@ -320,12 +345,14 @@ def test_prepare_gpt2_text(place):
 
 def test_a_tokenizer_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
-    assert 'the gpt2 tokenizer needs tiktoken: pip install' in refused(lambda argv: Tokenizer(*argv), {'kind': 'gpt2'})
+    message = refused(lambda argv: Tokenizer(*argv), {'kind': 'gpt2'})
+    assert 'the gpt2 tokenizer needs tiktoken: pip install' in message
 
 
 def test_a_character_that_a_tokenizer_lacks_is_named():
     tokenizer = Tokenizer({'kind': 'char', 'chars': 'ab'})
-    assert "lacks 'x' (character 3 of the text); it knows 'ab'" in refused(lambda argv: tokenizer.encode(*argv), 'abx')
+    message = refused(lambda argv: tokenizer.encode(*argv), 'abx')
+    assert "lacks 'x' (character 3 of the text); it knows 'ab'" in message
 
 
 def test_tokenizers_stream_whole_characters():
@@ -336,82 +363,68 @@ def test_tokenizers_stream_whole_characters():
 
 
 @pytest.mark.parametrize('argv, words', [
-    ((), ('say which data set', 'stdlib')),
-    (('stdlb',), ('stdlb', 'stdlib')),
-    (('text',), ('train_path is missing', '--train_path=FILE')),
-    (('text', '--train_path=none.txt'), ('none.txt', 'No such file')),
-    (('text', '--train_path=binary'), ('binary: the text is not UTF-8 text (byte 0)',)),
-    (('text', '--train_path=empty'), ('empty: the text is empty',)),
-    (('shakespeare_char', '--source=none.txt'), ('none.txt',)),
-    (('talk', '--haystack=empty'), ('empty: the text is empty',)), (('talk', '--haystack=b.txt'), ('b.txt is too short',)),
-    (('stdlib', '--source=empty_folder'), ('no Python source',)),
-    (('text', '--train_path=a.txt', '--tokenizer=words'), ('tokenizer must be one of',)),
-    (('needle', '--block_size=99999999'), ('block_size=99999999 must be in [128, 16777216]',)),
+    ('', ('say which data set', 'stdlib')),
+    ('stdlb', ('stdlb', 'stdlib')),
+    ('text', ('train_path is missing', '--train_path=FILE')),
+    ('text --train_path=none.txt', ('none.txt', 'No such file')),
+    ('text --train_path=binary', ('binary: the text is not UTF-8 text (byte 0)',)),
+    ('text --train_path=empty', ('empty: the text is empty',)),
+    ('shakespeare_char --source=none.txt', ('none.txt',)),
+    ('talk --haystack=empty', ('empty: the text is empty',)),
+    ('talk --haystack=b.txt', ('b.txt is too short',)),
+    ('stdlib --source=empty_folder', ('no Python source',)),
+    ('text --train_path=a.txt --tokenizer=words', ('tokenizer must be one of',)),
+    ('needle --block_size=99999999', ('block_size=99999999 must be in [128, 16777216]',)),
 ])
 def test_prepare_refuses(place, argv, words):
     (place / 'binary').write_bytes(b'\xff\xfe\x00')
     (place / 'empty').write_bytes(b'')
     (place / 'b.txt').write_text('One word.')
     (place / 'empty_folder').mkdir()
-    before = (place / 'data/text/train.bin').read_bytes()
-    message = refused(prepare.main, *argv)
+    before = files('data')
+    message = refused(prepare.main, *argv.split())
     assert all(word in message for word in words), message
-    assert os.listdir('data') == ['text'] and (place / 'data/text/train.bin').read_bytes() == before
+    assert os.listdir('data') == ['text'] and files('data') == before
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+    """-> {path within the folder: content}"""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in Path(folder).rglob('*') if path.is_file()}
 
 
-def test_a_second_text_has_a_name_of_its_own(place, capsys):
-    """The same files again are no loss, whatever tokens they become; another text replaces nothing."""
+def test_a_second_text_needs_a_name_of_its_own(place, capsys):
+    """The same text may be prepared again, with any tokenizer; another text replaces nothing."""
     Path('b.txt').write_text(TEXT[::-1])
     before = files('data')
     message = refused(prepare.main, 'text', '--train_path=b.txt')
-    assert 'data/text was made from another text' in message and '--name=' in message and files('data') == before
-    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    assert 'data/text was made from another text' in message and '--name=' in message
+    assert files('data') == before
+    second = ['text', '--train_path=b.txt', '--name=my_b-2']
+    prepare.main(second)
     prepare.main(['text', '--train_path=a.txt', '--tokenizer=byte'])
     assert Dataset('data', 'text').tokenizer['kind'] == 'byte'
-    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    prepare.main(PREPARE)
     assert {k: v for k, v in files('data').items() if k.startswith('text')} == before
     assert train.main(['--dataset=my_b-2', *TINY]) == 0
-    prepare.main(['text', '--name=my_b-2', '--check'])
+    check = ['text', '--name=my_b-2', '--check']
+    prepare.main(check)
     assert 'data/my_b-2: 2 files are as they were written' in capsys.readouterr().out
     Path('data/my_b-2/train.bin').write_bytes(b'')
-    for main, argv in (train.main, ['--dataset=my_b-2', *TINY]), (prepare.main, ['text', '--name=my_b-2', '--check']):
-        assert 'run: python prepare.py text --train_path=FILE --name=my_b-2' in refused(main, *argv)
-    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    for main, argv in (train.main, ['--dataset=my_b-2', *TINY]), (prepare.main, check):
+        remedy = 'run: python prepare.py text --train_path=FILE --name=my_b-2'
+        assert remedy in refused(main, *argv)
+    prepare.main(second)
     Path('data/my_b-2/meta.json').write_text('{')
-    prepare.main(['text', '--train_path=b.txt', '--name=my_b-2'])
+    prepare.main(second)
     assert sorted(os.listdir('data')) == ['my_b-2', 'text']
 
 
-@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '/tmp/a', 'a.old', '-a', 'a b', 'stdlib', 'needle', 'downloads'])
-def test_a_name_for_a_text(place, name):
-    assert f"name='{name}' must be letters" in refused(prepare.main, 'text', '--train_path=a.txt', f'--name={name}')
-    assert os.listdir('data') == ['text']
-
-
-def test_text_comes_through_standard_input(monkeypatch):
-    ours, theirs = os.pipe()
-    stdin = os.dup(0)
-    try:
-        os.dup2(ours, 0)
-        os.write(theirs, b'from a pipe')
-        os.close(theirs)
-        assert read_text('-') == 'from a pipe'
-    finally:
-        os.dup2(stdin, 0)
-        os.close(stdin)
-        os.close(ours)
-
-
-def test_a_copy_that_is_not_in_the_way_stays(place):
-    """A folder that only looks like one that was replaced; the data set itself is gone, so nothing has to be."""
-    os.rename('data/text', 'data/text.old')
-    Path('data/text.old/notes.txt').write_text('dear')
-    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
-    assert Path('data/text.old/notes.txt').exists() and Path('data/text/meta.json').exists()
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '/tmp/a', 'a.old', '-a', 'a b', 'stdlib',
+                                  'needle', 'downloads'])
+def test_a_text_cannot_have_this_name(place, name):
+    message = refused(prepare.main, 'text', '--train_path=a.txt', f'--name={name}')
+    assert f"name='{name}' must be letters" in message and os.listdir('data') == ['text']
 
 
 def test_names_of_data_sets():
@@ -419,46 +432,57 @@ def test_names_of_data_sets():
     assert '--name is for text' in refused(prepare.main, 'stdlib', '--name=mine')
 
 
-@pytest.mark.parametrize('folder, file', [('text', 'a.txt'), ('text.old', 'a.txt'), ('text.old', 'meta.json'),
-                                          ('text.partial', 'a.txt')])
-def test_what_prepare_has_not_written_stays(place, folder, file):
-    """A file of the user's, or a copy that the user has made, in a folder that would be removed."""
-    os.makedirs(f'data/{folder}', exist_ok=True)
-    Path(f'data/{folder}/{file}').write_text('dear')
+def test_a_copy_that_is_not_in_the_way_stays(place):
+    """text.old looks like the rest of a replaced data set, but there is no text to be replaced."""
+    os.rename('data/text', 'data/text.old')
+    Path('data/text.old/notes.txt').write_text('dear')
+    prepare.main(PREPARE)
+    assert Path('data/text.old/notes.txt').exists() and Path('data/text/meta.json').exists()
+
+
+@pytest.mark.parametrize('path', ['text/a.txt', 'text.old/a.txt', 'text.old/meta.json',
+                                  'text.partial/a.txt'])
+def test_what_prepare_has_not_written_stays(place, path):
+    """The user's own file or copy, in a folder that prepare would remove."""
+    file = Path('data', path)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('dear')
     before = files('data')
-    message = refused(prepare.main, 'text', '--train_path=a.txt', '--tokenizer=char')
-    assert f'data/{folder} is in the way' in message and files('data') == before
+    assert f'{file.parent} is in the way' in refused(prepare.main, *PREPARE)
+    assert files('data') == before
 
 
-@pytest.mark.parametrize('broken, error', [('data/text', KeyboardInterrupt), ('data/text.partial', KeyboardInterrupt),
-                                           ('data/text.partial', OSError(5, 'Input/output error'))])
+@pytest.mark.parametrize('broken, error', [
+    ('data/text', KeyboardInterrupt), ('data/text.partial', KeyboardInterrupt),
+    ('data/text.partial', OSError(5, 'Input/output error'))])
 def test_a_data_set_replaced_half_way(place, monkeypatch, broken, error):
-    """Killed before one of the two renames, or one fails: nothing is lost, the same command mends it; another text waits."""
+    """A rename is interrupted or fails: no data is lost, and the same command repairs it."""
     Path('b.txt').write_text(TEXT[::-1])
     before, replace = files('data'), os.replace
 
-    def breaks(source, target):
+    def failing_replace(source, target):
         if source == broken:
             raise error
         replace(source, target)
     with monkeypatch.context() as patch:
-        patch.setattr(os, 'replace', breaks)
+        patch.setattr(os, 'replace', failing_replace)
         with pytest.raises((KeyboardInterrupt, UserError)):
-            prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+            prepare.main(PREPARE)
     if isinstance(error, OSError):
         assert files('data') == before
     assert 'another text' in refused(prepare.main, 'text', '--train_path=b.txt')
     assert before.items() <= files('data').items()
-    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
+    prepare.main(PREPARE)
     assert files('data') == before
 
 
 def test_meta_json_names_no_other_files(place):
-    """A sum of a file elsewhere, though it is right, is no part of a data set."""
+    """A file outside the folder is refused, though its checksum is right."""
     Path('data/b.bin').write_bytes(b'b')
     path = Path('data/text/meta.json')
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {'sha256': meta['sha256'] | {'../b': hashlib.sha256(b'b').hexdigest()}}))
+    meta['sha256']['../b'] = hashlib.sha256(b'b').hexdigest()
+    path.write_text(json.dumps(meta))
     assert 'meta.json is damaged' in refused(prepare.main, 'text', '--check')
 
 
@@ -471,109 +495,100 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
 
 def test_a_wrong_download_is_refused(tmp_path):
     (tmp_path / 'file').write_text('not Shakespeare')
+    url, path = f'file://{tmp_path}/file', str(tmp_path / 'd' / 'copy')
     with pytest.raises(UserError, match='checksum'):
-        prepare.download(f'file://{tmp_path}/file', str(tmp_path / 'd' / 'copy'), prepare.SHAKESPEARE_SHA256)
+        prepare.download(url, path, prepare.SHAKESPEARE_SHA256)
     assert os.listdir(tmp_path / 'd') == []
-    assert prepare.download(f'file://{tmp_path}/file', str(tmp_path / 'd' / 'copy')) == str(tmp_path / 'd' / 'copy')
+    assert prepare.download(url, path) == path
 
 
-def damage(name):
-    path = Path('data/text')
-    if name == 'truncated':
-        (path / 'train.bin').write_bytes((path / 'train.bin').read_bytes()[:-5])
-    elif name == 'missing':
-        (path / 'val.bin').unlink()
-    elif name == 'emptied':
-        (path / 'val.bin').write_bytes(b'')
-    elif name == 'flipped':
-        (path / 'train.bin').write_bytes(b'\x00' + (path / 'train.bin').read_bytes()[1:])
-    elif name == 'meta':
-        (path / 'meta.json').write_text('{"dtype":')
-    else:
-        meta = json.loads((path / 'meta.json').read_text())
-        (path / 'meta.json').write_text(json.dumps({**meta, 'dtype': 'uint16'}))
-
-
-@pytest.mark.parametrize('name, words', [('truncated', 'bytes where meta.json says'), ('missing', 'is missing where'),
-                                         ('emptied', 'val.bin is 0 bytes where'),
-                                         ('flipped', 'train.bin is damaged: its checksum'), ('meta', 'meta.json is damaged'),
-                                         ('dtype', 'bytes where meta.json says')])
-def test_damaged_data_is_refused(place, name, words):
-    damage(name)
-    message = refused(train.main, '--dataset=text', *TINY)
+@pytest.mark.parametrize('name, damage, words', [
+    ('train.bin', lambda data: data[:-5], 'bytes where meta.json says'),
+    ('val.bin', None, 'is missing where'),
+    ('val.bin', lambda data: b'', 'val.bin is 0 bytes where'),
+    ('train.bin', lambda data: data[:-1] + b'\xff', 'train.bin is damaged: its checksum'),
+    ('meta.json', lambda data: b'{"dtype":', 'meta.json is damaged'),
+    ('meta.json', lambda data: data.replace(b'"uint8"', b'"uint16"'), 'bytes where meta.json says'),
+])
+def test_damaged_data_is_refused(place, name, damage, words):
+    path = Path('data/text', name)
+    data = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(data))
+    message = refused(train.main, *RUN)
     assert words in message and 'python prepare.py text --train_path=FILE' in message
 
 
-def test_unprepared_and_short_data(place):
-    assert 'is not prepared' in refused(train.main, '--dataset=text', *TINY, '--data_dir=a.txt')
-    assert 'cannot write' in refused(prepare.main, 'text', '--train_path=a.txt', '--data_dir=a.txt')
-    assert 'run: python prepare.py text --train_path=FILE --name=nothing' in refused(train.main, '--dataset=nothing', *TINY)
-    assert 'fewer than block_size' in refused(train.main, '--dataset=text', *TINY, '--block_size=4096')
-    assert 'vocab_size=3 is smaller' in refused(train.main, '--dataset=text', *TINY, '--vocab_size=3')
+@pytest.mark.parametrize('main, argv, words', [
+    (train.main, [*RUN, '--data_dir=a.txt'], 'is not prepared'),
+    (prepare.main, ['text', '--train_path=a.txt', '--data_dir=a.txt'], 'cannot write'),
+    (train.main, ['--dataset=nothing', *TINY],
+     'run: python prepare.py text --train_path=FILE --name=nothing'),
+    (train.main, [*RUN, '--block_size=4096'], 'fewer than block_size'),
+    (train.main, [*RUN, '--vocab_size=3'], 'vocab_size=3 is smaller')])
+def test_unprepared_and_short_data(place, main, argv, words):
+    assert words in refused(main, *argv)
 
 
 # -- curves
 
 
-def test_plot_draws_a_run(trained, capsys):
+def test_plot_draws_one_run_or_several(trained, monkeypatch, capsys):
+    """Over steps, tokens or hours. Names may be equal, a log unfinished, a run without memory."""
     pytest.importorskip('matplotlib')
     pytest.importorskip('plotext')
-    assert plot.main(['out']) == 0
-    assert 'last validation loss' in capsys.readouterr().out
+    assert plot.main(['out']) == 0 and 'last validation loss' in capsys.readouterr().out
     assert Path('out/loss.png').read_bytes()[:4] == b'\x89PNG'
-
-
-def test_plot_draws_several_runs(trained, capsys, monkeypatch):
-    """Of the same name, one of them being written, one whose memories are others; against steps, tokens or hours."""
-    pytest.importorskip('matplotlib')
-    pytest.importorskip('plotext')
-    assert train.main(['--dataset=text', *TINY, '--out_dir=b/out', '--memory_layers=none', '--log_interval=1']) == 0
-    assert train.main(['--dataset=text', *TINY, '--out_dir=c/out', '--n_layer=2', '--log_interval=1', '--batch_size=4']) == 0
-    whole = {x: plot.read('c/out', x) for x in ('step', 'tokens', 'hours')}
+    run = [*RUN, '--log_interval=1']
+    assert train.main([*run, '--out_dir=b/out', '--memory_layers=none']) == 0
+    assert train.main([*run, '--out_dir=c/out', '--n_layer=2', '--batch_size=4']) == 0
+    curves = {x: plot.read('c/out', x) for x in ('step', 'tokens', 'hours')}
     with open('c/out/log.jsonl', 'a') as f:
         f.write('{"step": 3, "lo')
-    assert {x: plot.read('c/out', x) for x in whole} == whole
-    assert whole['step']['loss'][0] == [1, 2] and whole['tokens']['loss'][0] == [4 * 16, 2 * 4 * 16]
-    first, second = whole['hours']['loss'][0]
-    assert 0 < first < second == whole['hours']['val_loss'][0][-1]
-    assert run_names(['c/out', './b/out']) == ['c/out', 'b/out'] and run_names(['c/out', 'c/x']) == ['out', 'x']
+    assert {x: plot.read('c/out', x) for x in curves} == curves
+    assert curves['step']['loss'][0] == [1, 2]
+    assert curves['tokens']['loss'][0] == [4 * 16, 2 * 4 * 16]
+    first, second = curves['hours']['loss'][0]
+    assert 0 < first < second == curves['hours']['val_loss'][0][-1]
+    assert run_names(['c/out', './b/out']) == ['c/out', 'b/out']
+    assert run_names(['c/out', 'c/x']) == ['out', 'x']
     drawn = []
-    monkeypatch.setattr(plot, 'draw_memory', lambda runs, *_: drawn.append(list(runs)))
-    monkeypatch.setattr(plot, 'draw_loss', lambda runs, x, _: drawn.append((list(runs), x)))
-    assert plot.main(['b/out', 'c/out/', 'c/out', '--x=hours']) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, 'draw_memory', lambda runs, *_: drawn.append(list(runs)))
+        patch.setattr(plot, 'draw_loss', lambda runs, x, _: drawn.append((list(runs), x)))
+        assert plot.main(['b/out', 'c/out/', 'c/out', '--x=hours']) == 0
     assert drawn == [(['b/out', 'c/out'], 'hours'), ['c/out']]
-    monkeypatch.undo()
-    monkeypatch.chdir(trained)
     assert plot.main(['b/out', 'c/out', 'out', '--x=tokens']) == 0
-    assert {'loss.png', 'memory.png'} <= set(os.listdir('b/out')) and not os.path.exists('c/out/loss.png')
+    assert {'loss.png', 'memory.png'} <= set(os.listdir('b/out'))
+    assert not os.path.exists('c/out/loss.png')
 
 
 @pytest.mark.parametrize('n', [1, 12])
-def test_a_runs_curves_share_a_colour(tmp_path, monkeypatch, n):
+def test_both_losses_of_a_run_share_a_colour(tmp_path, monkeypatch, n):
     plt = pytest.importorskip('matplotlib.pyplot')
     monkeypatch.setattr(plt, 'close', lambda figure: None)
     losses = [5.5, 2.0, 1.5]
-    runs = {f'run {i}': {'loss': ([1.0, 2.0], losses[1:]), 'val_loss': ([0.0, 1.0, 2.0], losses)} for i in range(n)}
-    plot.draw_loss(runs, 'step', str(tmp_path / 'loss.png'))
-    figure = plt.gcf()
-    lines = figure.axes[0].lines
-    assert [line.get_color() is not None and str(line.get_color()) for line in lines[::2]] == [
-        str(line.get_color()) for line in lines[1::2]]
-    assert len({str(line.get_color()) for line in lines}) == n
+    run = {'loss': ([1.0, 2.0], losses[1:]), 'val_loss': ([0.0, 1.0, 2.0], losses)}
+    plot.draw_loss({f'run {i}': run for i in range(n)}, 'step', str(tmp_path / 'loss.png'))
+    colours = [str(line.get_color()) for line in plt.gcf().axes[0].lines]
+    assert colours[::2] == colours[1::2] and len(set(colours)) == n
     monkeypatch.undo()
     plt.close('all')
 
 
-@pytest.mark.parametrize('argv, words', [((), 'out_dir of at least one run'), (('none',), 'none/log.jsonl: No such file'),
-                                         (('bad',), 'not the log of a run'), (('empty',), 'nothing has been logged'),
-                                         (('begun',), 'nothing has been logged'), (('old', '--x=hours'), 'give --x=step'),
-                                         (('old', '--x=time'), "x must be one of 'step'")])
+@pytest.mark.parametrize('argv, words', [
+    ('', 'out_dir of at least one run'), ('none', 'none/log.jsonl: No such file'),
+    ('bad', 'not the log of a run'), ('empty', 'nothing has been logged'),
+    ('begun', 'nothing has been logged'), ('old --x=hours', 'give --x=step'),
+    ('old --x=time', "x must be one of 'step'")])
 def test_plot_refuses(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    for name, text in ('bad', 'no json'), ('empty', ''), ('begun', '{"step": 0, "tr'), ('old', '{"step": 0, "loss": 5}\n'):
+    for name, text in (('bad', 'no json'), ('empty', ''), ('begun', '{"step": 0, "tr'),
+                       ('old', '{"step": 0, "loss": 5}\n')):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'log.jsonl').write_text(text)
-    assert words in refused(plot.main, *argv)
+    assert words in refused(plot.main, *argv.split())
 
 
 # -- checkpoints and samples
@@ -582,17 +597,23 @@ def test_plot_refuses(tmp_path, monkeypatch, argv, words):
 def test_sample_streams_and_is_seeded(trained, capsys):
     outs = []
     for seed in (1, 1, 2):
-        assert sample.main(['--prompt=def f', '--max_new_tokens=40', f'--seed={seed}', '--num_samples=2']) == 0
+        assert sample.main(['--prompt=def f', '--max_new_tokens=40', f'--seed={seed}',
+                            '--num_samples=2']) == 0
         outs.append(capsys.readouterr().out)
     assert outs[0] == outs[1] != outs[2]
     assert outs[0].count('def f') >= 2 and len(outs[0]) > 80
 
 
+def run_script(*argv, text=None):
+    """A script of the repository in a process of its own; `text` is its standard input."""
+    command = [sys.executable, str(HERE / argv[0]), *argv[1:]]
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
 def test_sample_reads_files_and_stdin(trained, capsys):
     Path('p.txt').write_text('def f3(x)')
     flags = ['--max_new_tokens=5', '--device=cpu']
-    outs = [subprocess.run([sys.executable, str(HERE / 'sample.py'), *flags, '--prompt=-'], input='def f3(x)',
-                           capture_output=True, text=True).stdout]
+    outs = [run_script('sample.py', *flags, '--prompt=-', text='def f3(x)').stdout]
     capsys.readouterr()
     for prompt in 'FILE:p.txt', 'def f3(x)':
         assert sample.main([*flags, f'--prompt={prompt}']) == 0
@@ -600,100 +621,84 @@ def test_sample_reads_files_and_stdin(trained, capsys):
     assert outs[0] == outs[1] == outs[2] and outs[0].startswith('def f3(x)')
 
 
-def test_interactive_carries_the_state(trained):
-    done = subprocess.run([sys.executable, str(HERE / 'sample.py'), '--interactive', '--max_new_tokens=5', '--device=cpu'],
-                          input='def f\nreturn\n', capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('> ') == 3 and 'Traceback' not in done.stderr
-
-
-@pytest.mark.parametrize('argv, words', [
-    (('--prompt=',), ('the prompt is empty',)),
-    (('--prompt=def\u00e9',), ("lacks '\u00e9'", 'character 4')),
-    (('--prompt=FILE:none',), ('none: No such file',)),
-    (('--prompt=FILE:',), ("'': No such file",)),
-    (('--out_dir=none',), ('no such checkpoint', '--out_dir=')),
-    (('--temperature=-1',), ('temperature=-1.0',)), (('--repetition_penalty=0',), ('repetition_penalty=0.0',)),
-    (('--repetition_penalty=-0.5',), ('repetition_penalty=-0.5',)),
-    (('--top_p=0',), ('top_p=0.0',)),
+@pytest.mark.parametrize('flag, words', [
+    ('--prompt=', ('the prompt is empty',)),
+    ('--prompt=def\u00e9', ("lacks '\u00e9'", 'character 4')),
+    ('--prompt=FILE:none', ('none: No such file',)),
+    ('--prompt=FILE:', ("'': No such file",)),
+    ('--out_dir=none', ('no such checkpoint', '--out_dir=')),
+    ('--temperature=-1', ('temperature=-1.0',)), ('--top_p=0', ('top_p=0.0',)),
+    ('--repetition_penalty=0', ('repetition_penalty=0.0',)),
+    ('--repetition_penalty=-0.5', ('repetition_penalty=-0.5',)),
 ])
-def test_sample_refuses(trained, argv, words):
-    message = refused(sample.main, *argv)
+def test_sample_refuses(trained, flag, words):
+    message = refused(sample.main, flag)
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize('keep', [0, -1])
-def test_truncated_checkpoint_is_refused(trained, keep):
-    path = Path('out/ckpt.pt')
-    path.write_bytes(path.read_bytes()[:keep])
-    for main, argv in (sample.main, ()), (train.main, ('--dataset=text', *TINY, '--init_from=resume')):
-        assert 'not a readable checkpoint' in refused(main, *argv)
-
-
-def test_foreign_checkpoints_are_refused(trained):
-    path = 'out/ckpt.pt'
-    message = refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--n_embd=32')
+def test_foreign_and_truncated_checkpoints_are_refused(trained):
+    path, resume = Path('out/ckpt.pt'), [*RUN, '--init_from=resume']
+    data = path.read_bytes()
+    message = refused(train.main, *resume, '--n_embd=32')
     assert 'another architecture' in message and 'n_embd=16 there, 32 asked for' in message
-    message = refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--arch=mal', '--window_len=4')
-    assert all(words in message for words in ("arch='mac' there, 'mal' asked for", 'segment_len=8 there', '4 asked for'))
-    content = checkpoint.load(path)
-    checkpoint.save(path, content | {'model_config': content['model_config'] | {'n_layer': 2}})
+    message = refused(train.main, *resume, '--arch=mal', '--window_len=4')
+    for words in "arch='mac' there, 'mal' asked for", 'segment_len=8 there', '4 asked for':
+        assert words in message
+    content = checkpoint.load(str(path))
+    model_config = content['model_config'] | {'n_layer': 2}
+    checkpoint.save(str(path), content | {'model_config': model_config})
     assert 'do not fit the configuration' in refused(sample.main)
     torch.save({'weights': torch.zeros(3)}, path)
     assert 'not a checkpoint of this version' in refused(sample.main)
-    assert 'no such checkpoint' in refused(train.main, '--dataset=text', *TINY, '--init_from=resume', '--out_dir=new')
+    for truncated in b'', data[:-1]:
+        path.write_bytes(truncated)
+        assert 'not a readable checkpoint' in refused(sample.main)
+        assert 'not a readable checkpoint' in refused(train.main, *resume)
+    assert 'no such checkpoint' in refused(train.main, *resume, '--out_dir=new')
 
 
 @pytest.mark.parametrize('flags, words', [
     ('--init_from=resume --n_head=3', 'n_head=3'), ('--init_from=auto --n_embd=33', 'n_embd=33'),
-    ('--init_from=auto --memory_layers=9', 'outside 0 to n_layer-1=0'), ('--init_from=', 'stand alone'),
-    ('--init_from=auto:auto', 'as in auto:gpt2'), ('--init_from=auto:resume', 'as in auto:gpt2'),
+    ('--init_from=auto --memory_layers=9', 'outside 0 to n_layer-1=0'),
+    ('--init_from=', 'stand alone'), ('--init_from=auto:auto', 'as in auto:gpt2'),
+    ('--init_from=auto:resume', 'as in auto:gpt2'),
 ])
 def test_where_a_run_cannot_begin(trained, flags, words):
-    """One line, and the run that is there stays where it is."""
-    assert words in refused(train.main, '--dataset=text', *TINY, *flags.split())
+    """One line, and the run that is already in out_dir is not set aside."""
+    assert words in refused(train.main, *RUN, *flags.split())
     assert os.path.exists('out/ckpt.pt') and not os.path.exists('out/earlier-1')
 
 
 def test_eval_only_leaves_the_log(trained, capsys):
     before = Path('out/log.jsonl').read_text()
-    assert train.main(['--dataset=text', *TINY, '--init_from=resume', '--eval_only']) == 0
+    assert train.main([*RUN, '--init_from=resume', '--eval_only']) == 0
     assert 'val loss' in capsys.readouterr().out and Path('out/log.jsonl').read_text() == before
 
 
 def test_resume_refuses_other_data_and_rows(place):
-    assert train.main(['--dataset=text', *TINY, '--carry_state']) == 0
-    assert 'batch_size x gradient_accumulation_steps=2 there, 3 asked for' in refused(
-        train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume', '--batch_size=3')
+    assert train.main([*RUN, '--carry_state']) == 0
+    resume = [*RUN, '--carry_state', '--init_from=resume']
+    message = refused(train.main, *resume, '--batch_size=3')
+    assert 'batch_size x gradient_accumulation_steps=2 there, 3 asked for' in message
     Path('b.txt').write_text(TEXT[::-1])
     shutil.rmtree('data/text')
     prepare.main(['text', '--train_path=b.txt', '--tokenizer=char'])
-    assert 'other data' in refused(train.main, '--dataset=text', *TINY, '--carry_state', '--init_from=resume')
+    assert 'other data' in refused(train.main, *resume)
 
 
 # -- examples
 
 
 @pytest.mark.slow
-def test_examples_run_from_anywhere(tmp_path):
-    def run(name, *argv):
-        command = [sys.executable, str(HERE / 'examples' / name), *argv]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    rows = {line[:28].strip(): line[28:].split() for line in run('standalone_memory.py').stdout.splitlines()}
-    assert rows['linear'][0] == rows['two layers, 4 x wide'][0] == '100'  # per cent of 16 pairs
-    assert int(rows['linear'][8]) < 60 < 90 < int(rows['two layers, 4 x wide'][8])  # and of 256
+def test_examples_run_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = run_script('examples/standalone_memory.py').stdout.splitlines()
+    recall = {line[:28].strip(): line[28:].split() for line in lines}  # in per cent
+    linear, deep = recall['linear'], recall['two layers, 4 x wide']
+    assert linear[0] == deep[0] == '100'  # of 16 pairs
+    assert int(linear[8]) < 60 < 90 < int(deep[8])  # of 256 pairs
     for arch in 'mac', 'lmm', 'gpt':
-        lines = run('long_stream.py', arch, '16384').stdout.splitlines()
-        assert len(lines) == 4 and lines[2].split()[1] == lines[3].split()[1]  # the state has the same size
-    assert 'give an architecture' in run('long_stream.py', 'rnn').stderr
-
-
-@pytest.mark.parametrize('asked', [True, False])
-def test_the_traceback_behind_a_line_is_shown_on_request(monkeypatch, capsys, asked):
-    def main(argv):
-        raise configurator.UserError("a.pt: damaged") from KeyError('format')
-    monkeypatch.setenv('NANOTITANS_TRACE', '1' if asked else '')
-    monkeypatch.setattr(sys, 'argv', ['script.py'])
-    with pytest.raises(SystemExit):
-        configurator.run(main)
-    said = capsys.readouterr().err
-    assert said.endswith('script.py: a.pt: damaged\n') and ("KeyError: 'format'" in said) == asked
+        lines = run_script('examples/long_stream.py', arch, '16384').stdout.splitlines()
+        assert len(lines) == 4
+        assert lines[2].split()[1] == lines[3].split()[1]  # the state does not grow
+    assert 'give an architecture' in run_script('examples/long_stream.py', 'rnn').stderr

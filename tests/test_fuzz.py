@@ -1,6 +1,6 @@
 """
-Whatever comes in, from a shell, a file or another's disk: it works, or one line says what is wrong. No traceback, no hang, no
-run on something else than was given. Hypothesis draws the malformed; the same ones each time.
+Malformed flags and files, drawn by Hypothesis (the same ones each time): each one works, or a line
+says what is wrong. No traceback, no endless loop, no run with other options than were given.
 """
 import copy
 import json
@@ -13,7 +13,7 @@ import torch
 from helpers import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli import TEXT, TINY
+from test_cli import PREPARE, RUN, TEXT, TINY, refused
 
 import eval_needle
 import plot
@@ -25,18 +25,23 @@ from nanotitans.configurator import UserError
 from nanotitans.dataset import Dataset
 
 NAMES = st.sampled_from(sorted(vars(train.TrainConfig())))
-PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-3, 10 ** 9), st.floats(), st.text(max_size=8), st.just([]),
-                  st.just({}), st.lists(st.integers(0, 9), max_size=3),
+PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-3, 10 ** 9), st.floats(),
+                  st.text(max_size=8), st.just([]), st.just({}),
+                  st.lists(st.integers(0, 9), max_size=3),
                   st.sampled_from(['mac', 'gpt', 'auto', '0,1', 'scratch', 'resume']))
+TRAIN = [*RUN, '--carry_state']
+SAMPLE = ['--max_new_tokens=3', '--device=cpu']
 
 
 def fuzz(examples):
+    """Hypothesis seeds a test with its source: an edit of the test draws other examples."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=examples, derandomize=True, database=None, deadline=None,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+                    suppress_health_check=checks)
 
 
 def one_line(act):
-    """-> what act returns, or its UserError; any other exception is the failure we look for."""
+    """-> what act returns, or its UserError of one line. Any other exception fails the test."""
     try:
         return act()
     except UserError as error:
@@ -46,31 +51,34 @@ def one_line(act):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A data set and a checkpoint of a run that carries its memory, in the current directory."""
-    before, folder = os.getcwd(), tmp_path_factory.mktemp('fuzz')
-    os.chdir(folder)
-    Path('a.txt').write_text(TEXT)
-    prepare.main(['text', '--train_path=a.txt', '--tokenizer=char'])
-    assert train.main(['--dataset=text', '--carry_state', *TINY]) == 0
-    yield folder
-    os.chdir(before)
+    """The current directory, with a data set and the checkpoint of a run that carries its state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp('fuzz'))
+        Path('a.txt').write_text(TEXT)
+        prepare.main(PREPARE)
+        assert train.main(TRAIN) == 0
+        yield
 
 
 @fuzz(60)
 @given(st.lists(st.tuples(NAMES | st.text(max_size=6), PLAIN | st.text()), min_size=1, max_size=3))
-def test_flags(place, given_):
-    argv = [f'--{name}={value}' for name, value in given_]
+def test_flags(place, flags):
+    """A value that is taken is the one that was given, or is named as not used."""
+    argv = [f'--{name}={value}' for name, value in flags]
     config = one_line(lambda: configurator.load(train.TrainConfig, argv))
-    if not isinstance(config, UserError):  # what was said is what will run, or is named as of no use
-        for name, value in dict(given_).items():
-            assert str(getattr(config, name)) == str(value) or name in config.ignored or math.isclose(
-                float(getattr(config, name)), float(value)) or str(value).lower() == str(getattr(config, name)).lower()
+    if not isinstance(config, UserError):
+        for name, value in dict(flags).items():
+            taken = getattr(config, name)
+            assert (str(taken).lower() == str(value).lower() or name in config.ignored
+                    or math.isclose(float(taken), float(value)))
 
 
 @fuzz(40)
-@given(st.lists(st.tuples(NAMES | st.text(max_size=6), PLAIN), max_size=4), st.text(max_size=12) | st.just(''))
+@given(st.lists(st.tuples(NAMES | st.text(max_size=6), PLAIN), max_size=4),
+       st.text(max_size=12) | st.just(''))
 def test_config_files(place, lines, garbage):
-    Path('fuzz.py').write_text(''.join(f'{name} = {value!r}\n' for name, value in lines) + garbage, errors='replace')
+    source = ''.join(f'{name} = {value!r}\n' for name, value in lines) + garbage
+    Path('fuzz.py').write_text(source, errors='replace')
     config = one_line(lambda: configurator.load(train.TrainConfig, ['fuzz.py']))
     if not isinstance(config, UserError):
         for name, value in dict(lines).items():
@@ -79,24 +87,26 @@ def test_config_files(place, lines, garbage):
 
 
 def mutate(tree, draw):
-    """A copy of nested plain values with one of them changed, or taken away, or another put in beside it."""
+    """A copy of nested plain values in which one is changed or removed, or another is added."""
     tree = copy.deepcopy(tree)
-    at = tree
+    node = tree
     while True:
-        key = draw(st.sampled_from(sorted(at, key=str) if isinstance(at, dict) else range(len(at))))
-        if not (isinstance(at[key], (dict, list)) and at[key] and draw(st.integers(0, 3))):
+        keys = sorted(node, key=str) if isinstance(node, dict) else range(len(node))
+        key = draw(st.sampled_from(keys))
+        if not (isinstance(node[key], (dict, list)) and node[key] and draw(st.integers(0, 3))):
             break
-        at = at[key]
+        node = node[key]
     how = draw(st.integers(0, 3))
-    if how == 0 and isinstance(at, dict):
-        del at[key]
-    elif how == 1 and isinstance(at, dict):
-        at[draw(st.text(max_size=4))] = draw(PLAIN)
-    elif isinstance(at[key], torch.Tensor):
-        x = at[key]
-        at[key] = draw(st.sampled_from([x[:0], x.double(), x[None], torch.zeros(3), torch.zeros(()), None, 'x']))
+    if how == 0 and isinstance(node, dict):
+        del node[key]
+    elif how == 1 and isinstance(node, dict):
+        node[draw(st.text(max_size=4))] = draw(PLAIN)
+    elif isinstance(node[key], torch.Tensor):
+        x = node[key]
+        others = [x[:0], x.double(), x[None], torch.zeros(3), torch.zeros(()), None, 'x']
+        node[key] = draw(st.sampled_from(others))
     else:
-        at[key] = draw(PLAIN)
+        node[key] = draw(PLAIN)
     return tree
 
 
@@ -104,14 +114,15 @@ def mutate(tree, draw):
 @given(st.data())
 def test_meta_json(place, data):
     path = Path('data/text/meta.json')
-    good, whole = path.read_text(), Dataset('data', 'text').flat('train', 0, 100)
-    changed = data.draw(st.text(max_size=9) | st.none()) or json.dumps(mutate(json.loads(good), data.draw))
+    good, tokens = path.read_text(), Dataset('data', 'text').flat('train', 0, 100)
+    garbage = data.draw(st.text(max_size=9) | st.none())
+    changed = garbage or json.dumps(mutate(json.loads(good), data.draw))
     try:
         path.write_text(changed, errors='replace')
-        found = one_line(lambda: Dataset('data', 'text'))
-        if not isinstance(found, UserError):  # a text that it is not was caught by the checksums
-            read = one_line(lambda: found.flat('train', 0, 100))
-            assert isinstance(read, UserError) or (read == whole).all()
+        dataset = one_line(lambda: Dataset('data', 'text'))
+        if not isinstance(dataset, UserError):  # it has the right checksums, so the right tokens
+            result = one_line(lambda: dataset.flat('train', 0, 100))
+            assert isinstance(result, UserError) or (result == tokens).all()
     finally:
         path.write_text(good)
 
@@ -122,9 +133,9 @@ def test_token_files(place, data):
     path = Path('data/text/train.bin')
     good = path.read_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
-    changed = data.draw(st.sampled_from([good[:at], good + good[:at + 1], good[:at] + bytes([good[at] ^ 1]) + good[at + 1:]]))
+    flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1:]
     try:
-        path.write_bytes(changed)
+        path.write_bytes(data.draw(st.sampled_from([good[:at], good + good[:at + 1], flipped])))
         assert isinstance(one_line(lambda: Dataset('data', 'text')), UserError)
     finally:
         path.write_bytes(good)
@@ -152,60 +163,70 @@ def test_checkpoints(place, data):
 @fuzz(50)
 @given(st.data(), st.booleans())
 def test_memory_files(place, data, in_bytes):
-    """Changed on the disk, or written by someone else with the right sum: refused and left as it is, or gone on with."""
-    argv = ['--memory=me.mem', '--max_new_tokens=3', '--prompt=def', '--device=cpu']
+    """Damaged, or of another user with the right sum: refused and left as it is, or continued."""
+    argv = [*SAMPLE, '--prompt=def']
     if not os.path.exists('good.mem'):
-        sample.main(['--memory=good.mem', *argv[1:]])
-    good = Path('good.mem').read_bytes()
+        sample.main(['--memory=good.mem', *argv])
+    good, path = Path('good.mem').read_bytes(), Path('me.mem')
     if in_bytes:
         at = data.draw(st.integers(0, len(good) - 1))
-        changed = data.draw(st.sampled_from([good[:at], good[:at] + bytes([good[at] ^ 16]) + good[at + 1:]]))
-        Path('me.mem').write_bytes(changed)
+        flipped = good[:at] + bytes([good[at] ^ 16]) + good[at + 1:]
+        path.write_bytes(data.draw(st.sampled_from([good[:at], flipped])))
     else:
         content = mutate(torch.load('good.mem', weights_only=True), data.draw)
-        rest = {k: v for k, v in content.items() if k != 'sha256'}
-        torch.save(content | ({'sha256': memory_file.digest(rest)} if 'sha256' in content else {}), 'me.mem')
-        changed = Path('me.mem').read_bytes()
-    if isinstance(one_line(lambda: sample.main(argv)), UserError):
-        assert Path('me.mem').read_bytes() == changed
+        if 'sha256' in content:
+            rest = {k: v for k, v in content.items() if k != 'sha256'}
+            content['sha256'] = memory_file.digest(rest)
+        torch.save(content, path)
+    changed = path.read_bytes()
+    if isinstance(one_line(lambda: sample.main(['--memory=me.mem', *argv])), UserError):
+        assert path.read_bytes() == changed
     else:
-        assert torch.load('me.mem', weights_only=True)['tokens'] > 0
+        assert torch.load(path, weights_only=True)['tokens'] > 0
 
 
 @fuzz(30)
-@given(st.text([*sorted(set(TEXT)), 'é'], max_size=40) | st.text(max_size=9) | st.binary(max_size=9),
-       st.sampled_from(['flag', 'file']))
-def test_prompts(place, prompt, how):
-    if how == 'file' or isinstance(prompt, bytes):
-        Path('prompt').write_bytes(prompt if isinstance(prompt, bytes) else prompt.encode(errors='surrogateescape'))
+@given(st.text([*sorted(set(TEXT)), 'é'], max_size=40) | st.text(max_size=9)
+       | st.binary(max_size=9), st.booleans())
+def test_prompts(place, prompt, in_file):
+    if isinstance(prompt, str) and in_file:
+        prompt = prompt.encode(errors='surrogateescape')
+    if isinstance(prompt, bytes):
+        Path('prompt').write_bytes(prompt)
         prompt = 'FILE:prompt'
-    one_line(lambda: sample.main([f'--prompt={prompt}', '--max_new_tokens=3', '--device=cpu']))
+    one_line(lambda: sample.main([*SAMPLE, f'--prompt={prompt}']))
+
+
+LOG_ROW = st.dictionaries(st.sampled_from(['step', 'loss', 'val_loss', 'memory']), PLAIN)
 
 
 @fuzz(20)
-@given(st.binary(max_size=30) | st.lists(st.dictionaries(st.sampled_from(['step', 'loss', 'val_loss', 'memory']), PLAIN),
-                                         max_size=3))
+@given(st.binary(max_size=30) | st.lists(LOG_ROW, max_size=3))
 def test_logs(place, content):
-    """Of a run to be drawn, and to be gone on with."""
-    path = Path('out/log.jsonl')
-    good, kept = path.read_bytes(), Path('out/ckpt.pt').read_bytes()
+    """The log of a run: to plot, and to resume."""
+    files = [Path('out/log.jsonl'), Path('out/ckpt.pt')]
+    before = [path.read_bytes() for path in files]
+    if isinstance(content, list):
+        content = ''.join(json.dumps(row) + '\n' for row in content).encode()
     try:
-        path.write_bytes(content if isinstance(content, bytes) else ''.join(json.dumps(row) + '\n' for row in content).encode())
+        files[0].write_bytes(content)
         one_line(lambda: plot.read('out'))
-        one_line(lambda: train.main(['--dataset=text', '--carry_state', *TINY, '--init_from=resume']))
+        one_line(lambda: train.main([*TRAIN, '--init_from=resume']))
     finally:
-        path.write_bytes(good)
-        Path('out/ckpt.pt').write_bytes(kept)
+        for path, data in zip(files, before, strict=True):
+            path.write_bytes(data)
 
 
-@pytest.mark.parametrize('content', [b'', b'\xff\xfe', b'{"samples": 3}', b'[1]', b'{"haystack": 5, "samples": [[1]]}'])
+@pytest.mark.parametrize('content', [b'', b'\xff\xfe', b'{"samples": 3}', b'[1]',
+                                     b'{"haystack": 5, "samples": [[1]]}'])
 def test_evaluation_sets(place, content):
-    Path('data/needle').mkdir(exist_ok=True)
-    Path('data/needle/eval.json').write_bytes(content)
-    found = one_line(lambda: eval_needle.main(['--device=cpu', '--lengths=256', '--samples=1']))
-    assert isinstance(found, UserError) and 'eval.json' in str(found)
+    path = Path('data/needle/eval.json')
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    argv = ['--device=cpu', '--lengths=256', '--samples=1']
+    assert 'eval.json' in refused(eval_needle.main, *argv)
 
 
-def test_a_good_file_still_is(place):
-    good = checkpoint.load('out/ckpt.pt')
-    assert same(good, checkpoint.load('out/best.pt') | {'best_val_loss': good['best_val_loss']})
+def test_the_files_are_still_good(place):
+    good, best = (checkpoint.load(f'out/{name}.pt') for name in ('ckpt', 'best'))
+    assert same(good, best | {'best_val_loss': good['best_val_loss']})

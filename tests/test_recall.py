@@ -1,4 +1,4 @@
-"""Rows of pairs, and the count of those recalled."""
+"""Rows have key-value pairs, and eval_recall.py measures how many are recalled."""
 import hashlib
 import json
 import types
@@ -13,32 +13,31 @@ import prepare
 import train
 from nanotitans.configurator import UserError
 from nanotitans.reader import ReaderConfig
-from tasks.recall import ASKED, FILLER, GAP, LENGTH, PAIRS, VALUES, recall_row
+from tasks.recall import FILLER, GAP, LENGTH, PAIR_COUNTS, PAIRS, VALUES, recall_row
 
 
-@pytest.mark.parametrize('pairs', ASKED)
+@pytest.mark.parametrize('pairs', PAIR_COUNTS)
 def test_every_value_was_told_three_segments_before(pairs):
     ids, weights = recall_row(np.random.default_rng(pairs), pairs)
     assert len(ids) == len(weights) == (LENGTH + 1 if pairs in PAIRS else 4 * pairs + GAP)
-    asked = np.flatnonzero(weights)
-    assert len(asked) == pairs and weights.sum() == max(pairs, max(PAIRS)) and set(ids[asked]) <= set(VALUES)
-    told = {}
-    for at in range(asked[0] - 1):
-        if ids[at] not in FILLER and ids[at] not in VALUES:
-            told[ids[at]] = (ids[at + 1], at + 1)
+    questions = np.flatnonzero(weights)
+    assert len(questions) == pairs and weights.sum() == max(pairs, max(PAIRS))
+    assert set(ids[questions]) <= set(VALUES)
+    told = {ids[i]: (ids[i + 1], i + 1) for i in range(questions[0] - 1)
+            if ids[i] not in FILLER and ids[i] not in VALUES}
     assert len(told) == pairs
-    for at in asked:
-        value, place = told[ids[at - 1]]
-        assert value == ids[at] and at - 1 - place > GAP
+    for i in questions:
+        value, place = told[ids[i - 1]]
+        assert value == ids[i] and i - 1 - place > GAP
 
 
-def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
+def test_results_are_printed_drawn_and_saved(tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
     prepare.main(['recall', '--rows=16'])
-    flags = ['--dataset=recall', '--arch=lmm', '--n_layer=1', '--n_embd=16', '--memory_heads=2', '--block_size=256',
-             '--batch_size=2', '--max_iters=1', '--eval_iters=1', '--device=cpu']
-    assert train.main([*flags, '--out_dir=a']) == 0
+    assert train.main(['--dataset=recall', '--arch=lmm', '--n_layer=1', '--n_embd=16',
+                       '--memory_heads=2', '--block_size=256', '--batch_size=2', '--max_iters=1',
+                       '--eval_iters=1', '--device=cpu', '--out_dir=a']) == 0
     capsys.readouterr()
     assert eval_recall.main(['--out_dir=a,a/', '--rows=4', '--device=cpu']) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -47,28 +46,34 @@ def test_trained_counted_and_refused(tmp_path, monkeypatch, capsys):
     assert Path('a/recall.png').read_bytes()[:4] == b'\x89PNG'
     content = json.loads(Path('a/recall.json').read_text())
     assert content['config']['rows'] == 4 and len(content['models']) == 2
-    assert {k: v for k, v in content['models'][0].items() if k != 'sha256'} == {'checkpoint': 'a/ckpt.pt', 'step': 1,
-                                                                                'dtype': 'float32', 'device': 'cpu'}
-    assert content['models'][0]['sha256'] == hashlib.sha256(Path('a/ckpt.pt').read_bytes()).hexdigest()
-    assert set(content['recalled']) == {'a', 'a, never written'} and all(0 <= p <= 1 for p in content['recalled']['a'].values())
+    assert content['models'][0] == {
+        'checkpoint': 'a/ckpt.pt', 'step': 1, 'dtype': 'float32', 'device': 'cpu',
+        'sha256': hashlib.sha256(Path('a/ckpt.pt').read_bytes()).hexdigest()}
+    assert set(content['recalled']) == {'a', 'a, never written'}
+    assert all(0 <= share <= 1 for share in content['recalled']['a'].values())
 
-    class Knows:  # what a perfect memory would say
-        device, autocast = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 
-        @staticmethod
-        def model(ids, targets, update_memory):
-            right = torch.nn.functional.one_hot(targets, 256).float()
-            return right if update_memory else right.roll(1, -1), None, None
+@pytest.mark.parametrize('update_memory, share', [(True, 1), (False, 0)])
+def test_a_perfect_memory_recalls_all(update_memory, share):
+    def model(ids, targets, update_memory):
+        right = torch.nn.functional.one_hot(targets, 256).float()
+        return right if update_memory else right.roll(1, -1), None, None
+    reader = types.SimpleNamespace(device=torch.device('cpu'), model=model,
+                                   autocast=torch.autocast('cpu', enabled=False))
     config = eval_recall.RecallConfig(rows=4)
-    assert [eval_recall.recalled(Knows, 8, config, on) for on in (True, False)] == [1, 0]
-    for argv, words in (('--rows=0',), 'rows=0'), (('--seed=-1',), 'seed=-1'), (('--out_dir=none',), 'no such checkpoint'):
-        with pytest.raises(UserError, match=words):
-            eval_recall.main(list(argv))
+    assert eval_recall.recalled(reader, 8, config, update_memory) == share
+
+
+@pytest.mark.parametrize('flag, words', [('--rows=0', 'rows=0'), ('--seed=-1', 'seed=-1'),
+                                         ('--out_dir=none', 'no such checkpoint')])
+def test_wrong_options_are_refused(flag, words):
+    with pytest.raises(UserError, match=words):
+        eval_recall.main([flag])
 
 
 @pytest.mark.parametrize('provenance', [{}, {'dataset': 'text'}])
-def test_a_checkpoint_that_says_nothing_of_its_data_is_refused(monkeypatch, provenance):
-    found = types.SimpleNamespace(path='x.pt', content={'provenance': provenance})
-    monkeypatch.setattr(ReaderConfig, 'open', lambda *_: found)
+def test_a_checkpoint_of_other_data_is_refused(monkeypatch, provenance):
+    reader = types.SimpleNamespace(path='x.pt', content={'provenance': provenance})
+    monkeypatch.setattr(ReaderConfig, 'open', lambda *_: reader)
     with pytest.raises(UserError, match='x.pt was not trained on rows of recall'):
         eval_recall.main([])

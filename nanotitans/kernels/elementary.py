@@ -1,5 +1,6 @@
 """
-What every kernel and the model are made of: number types, norm and rotation, and functions whose backward is written by hand.
+What the kernels and the model are made of: number types, norm and rotation, and functions whose
+backward is written by hand.
 """
 import functools
 
@@ -7,35 +8,39 @@ import torch
 
 
 class NothingSaved:
-    """Stands in for ctx when gradients are off: saves nothing."""
+    """Takes the place of ctx when gradients are off; it saves nothing."""
     def save_for_backward(self, *tensors):
         pass
 
 
 def custom_backward(function):
     """
-    An autograd.Function as a plain function: no autocast reaches its backward, and without grad there is none to prepare. Its
-    backward has no backward of its own, so create_graph=True raises a RuntimeError. (PyTorch's once_differentiable lets some
-    second derivatives through, without what goes through here.)
+    Make a plain function of an autograd.Function. The backward runs without autocast. The forward
+    saves nothing when gradients are off. The backward cannot be differentiated: create_graph=True
+    raises a RuntimeError. (PyTorch's once_differentiable does not always raise: some second
+    derivatives then lack the part that goes through this function.)
     """
     backward = function.backward
 
     @functools.wraps(backward)
     def once(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(f"{function.__name__} can be differentiated once: create_graph=True is not supported")
+            raise RuntimeError(f"{function.__name__} can be differentiated once: "
+                               "create_graph=True is not supported")
         with torch.autocast(grads[0].device.type, enabled=False):
             return backward(ctx, *grads)
     function.backward = staticmethod(once)
 
     @functools.wraps(function, updated=())
     def call(*args):
-        return function.apply(*args) if torch.is_grad_enabled() else function.forward(NothingSaved(), *args)
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        return function.forward(NothingSaved(), *args)
     return call
 
 
 def wide(x):
-    """x in float32, or in float64 if it is."""
+    """x in float32; a float64 x stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -44,18 +49,22 @@ def dot(a, b):
     return (a * b).sum(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # norm and rotation
 
 
 @custom_backward
 class rms_norm(torch.autograd.Function):
-    """x (..., D) / sqrt(mean x^2 + eps) * weight, which broadcasts over x: computed in float32 at least, as precise as x."""
+    """
+    x (..., D) / sqrt(mean x^2 + eps) * weight; weight broadcasts over x. Computed in float32 at
+    least, returned in the precision of x.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         y = wide(x)
-        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        scale.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # 1 / sqrt(mean y^2 + eps)
         ctx.save_for_backward(x, weight, scale)
         return (y * scale).mul_(weight).to(x.dtype)
 
@@ -71,7 +80,10 @@ class rms_norm(torch.autograd.Function):
 
 @custom_backward
 class rotate(torch.autograd.Function):
-    """Rotary positions: turn pairs of channels of x (..., D) by angles given as cos and signed sin, which broadcast over x."""
+    """
+    Rotary positions: turn the pairs of channels (i, i + D/2) of x (..., D). The angles are given as
+    cos and signed sin, which broadcast over x.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -1,5 +1,6 @@
 """
-The four steps of a memory by native.c, as functions of PyTorch with gradients: short_conv, recurrence, recall, join.
+The four steps of a memory in C (native.c), as PyTorch functions with gradients: short_conv,
+recurrence, recall, join.
 """
 import torch
 
@@ -7,18 +8,21 @@ from nanotitans.kernels import native
 from nanotitans.kernels.elementary import NothingSaved, custom_backward
 
 
-def differentiable(name, tensors):
-    """native.NAME and native.NAME_backward as one function of PyTorch; its first `tensors` arguments have a gradient."""
-    run, back = getattr(native, name), getattr(native, f'{name}_backward')
+def differentiable(name, count):
+    """
+    One PyTorch function from native.NAME and native.NAME_backward. Its first `count` arguments are
+    tensors with a gradient (or None).
+    """
+    run, run_backward = getattr(native, name), getattr(native, f'{name}_backward')
 
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:tensors])
-        ctx.options = args[tensors:]
+        ctx.save_for_backward(*args[:count])
+        ctx.options = args[count:]
         return run(*args)[0]
 
     def backward(ctx, g):
         saved = ctx.saved_tensors
-        gradients = zip(saved, back(*saved, *ctx.options, g), strict=True)
+        gradients = zip(saved, run_backward(*saved, *ctx.options, g), strict=True)
         return *(None if x is None else g_x for x, g_x in gradients), *[None] * len(ctx.options)
     methods = {'forward': staticmethod(forward), 'backward': staticmethod(backward)}
     return custom_backward(type(name, (torch.autograd.Function,), methods))
@@ -33,7 +37,8 @@ join = differentiable('join', 3)
 class recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gates, M, S):
-        y, M, S, d, kept = native.recurrence(q, k, v, gates, M, S, not isinstance(ctx, NothingSaved))
+        needs_backward = not isinstance(ctx, NothingSaved)
+        y, M, S, d, kept = native.recurrence(q, k, v, gates, M, S, needs_backward)
         ctx.save_for_backward(q, k, v, gates, d, kept)
         return y, M, S
 
