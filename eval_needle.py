@@ -34,6 +34,7 @@ from nanotitans import configurator
 from nanotitans.configurator import Count, UserError, check_ranges, parse_numbers
 from nanotitans.figures import pyplot, save_figure, short_count
 from nanotitans.files import save_json
+from nanotitans.peak import peak_bytes
 from nanotitans.reader import ReaderConfig, memory_modes
 from tasks.needle import NEEDLE, NOISE, TASKS, Haystack, question
 
@@ -275,7 +276,7 @@ def flat(asker, config, tick):
         found = text is not None and sample[0]['values'][0] in text
         # time of reading alone: the answer is a larger share of a short context than of a long one
         ms = 1000 * (times[-1] - times[0]) / length
-        return ms, peak_memory(asker.reader.device), found
+        return ms, peak_bytes(asker.reader.device), found
     before = [cost(4096) for _ in range(10)]
     ms, memory, found = cost(config.flat)
     after = [cost(4096) for _ in range(10)]
@@ -283,15 +284,6 @@ def flat(asker, config, tick):
     return (f"{task}, {config.flat:,} tokens in one stream: {'found' if found else 'not found'}; "
             f"{ms:.4f} ms a token ({ms / short_ms - 1:+.1%} against 4,096 tokens), "
             f"peak memory {memory / 2 ** 20:,.0f} MB ({memory / short_memory - 1:+.1%})")
-
-
-def peak_memory(device):
-    """The most bytes this process has held so far: on the GPU if it runs there."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(argv):

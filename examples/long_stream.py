@@ -7,7 +7,6 @@ Read a million tokens with one small model, in constant memory and constant time
 The text is read in pieces. Only the state goes from one piece to the next: the keys and values that
 attention still sees, M and S.
 """
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import BLOCKS, TitansConfig, TitansGPT
+from nanotitans.peak import peak_bytes
 
 PIECE = 8192  # tokens
 
@@ -43,8 +43,7 @@ def main(arch='mac', length='1048576'):
     for read in range(PIECE, int(length) + 1, PIECE):
         _, _, state = model(torch.randint(256, (1, PIECE)), state=state)
         if read % every == 0:
-            unit = 2 ** 20 if sys.platform == 'darwin' else 1024  # bytes on macOS, else KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            peak = peak_bytes(torch.device('cpu')) / 2 ** 20
             spent, began = time.perf_counter() - began, time.perf_counter()
             print(f"{read:12,}{size(state):15,}{peak:14,.0f}{1e6 * spent / every:23.1f}",
                   flush=True)

@@ -6,6 +6,7 @@ from helpers import refusal
 
 import bench
 from model import TitansConfig
+from nanotitans.bench_model import SHAPES
 
 
 @pytest.mark.slow
@@ -19,7 +20,7 @@ def test_all_measurements(tmp_path, capsys):
     assert set(rows) == {('prefill', 'lmm-2'), *(
         (what, model) for what in ('train', 'forward', 'memory', 'generate')
         for model in ('gpt', 'lmm-2'))}
-    config = TitansConfig(**bench.SHAPES['S'])
+    config = TitansConfig(**SHAPES['S'])
     C, hidden = config.n_embd, 8 * -(-config.n_embd // 3)
     block = 4 * C * C + 3 * C * hidden + 2 * 64 * C  # attention to all 64 tokens
     flops = 2 * (config.n_layer * block + C * config.vocab_size)
@@ -29,15 +30,15 @@ def test_all_measurements(tmp_path, capsys):
     assert moved[0] > moved[1] > 0
     assert rows['memory', 'gpt']['peak'] > rows['memory', 'gpt']['before'] > 1e7
     assert (tmp_path / 'bench.png').stat().st_size > 10000
-    assert 'of gpt: lmm-2' in capsys.readouterr().out
+    assert 'relative to gpt: lmm-2' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('option, message', [
-    ('--models=gpt,mca', "arch='mca' is not one of"), ('--models=mac-7', "'mac-7' is no model"),
+    ('--models=gpt,mca', "arch='mca' is not one of"), ('--models=mac-7', "'mac-7' is not a model"),
     ('--sizes=512', 'rows x tokens'), ('--sizes=2x3x4', 'rows x tokens'),
     ('--measure=speed', "'speed' is not one of"), ('--repeats=0', 'at least 1'),
-    ('--threads=-1', 'in [0, 1024]'), ('--models=gpt-2', "'gpt-2' is no model"),
-    ('--models=mac+compile', 'goes with train and forward alone'),
+    ('--threads=-1', 'in [0, 1024]'), ('--models=gpt-2', "'gpt-2' is not a model"),
+    ('--models=mac+compile', 'only for measure=train,forward'),
     ('--peer=titans-pytorch', 'pip install titans-pytorch'),
     ('--shape=L', 'shape must be one of')])
 def test_wrong_options_are_refused(option, message):
