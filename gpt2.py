@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from model import (
     Attention,
     GPTBlock,
-    KVCache,
     MACBlock,
     MAGBlock,
     MALBlock,
@@ -70,20 +69,21 @@ class Graft:
         if self.persist is not None:
             persistent = self.attn.kv(self.persist, self.attn.kv_weights())
         sizes = split_lengths(filled, x.size(1), self.window)
-        for q, k, v in zip(*(cut(part, sizes) for part in self.attn.qkv(x)), strict=True):
+        qkv, cache = self.attn.qkv(x, cache)
+        for q, k, v in zip(*(cut(part, sizes) for part in qkv), strict=True):
             n, past = q.size(1), cache.k.size(1)
-            k = torch.cat((cache.k.to(k.dtype), k), dim=1)
-            v = torch.cat((cache.v.to(v.dtype), v), dim=1)
-            own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
+            cache = cache.append(k, v)
             mask = visible(n, past, 0, 1, self.window, x.device)
-            y = self.attn(q, k, v, mask if own is None else mask & own[:, None, None])
+            if cache.same_text is not None:
+                mask = mask & cache.same_text[:, None, None]
+            y = self.attn(q, cache.k, cache.v, mask)
             if persistent is not None:
                 kv = (t.expand(x.size(0), -1, -1, -1) for t in persistent)
                 all_visible = mask.new_ones(n, self.persist.size(1))
                 y = y + self.gate_context * self.attn(q, *kv, all_visible)
             filled = (filled + n) % self.window
-            first = past + n if filled == 0 else 0  # a full stretch is not seen by the next
-            cache = KVCache(k[:, first:], v[:, first:], None if own is None else own[:, first:])
+            if filled == 0:  # a full stretch is not seen by the next
+                cache = cache.drop(past + n)
             out.append(y)
         return torch.cat(out, dim=1), state._replace(kv=cache)
 

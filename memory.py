@@ -85,6 +85,25 @@ class CompiledMethods(nn.Module):
                 if not (callable(value) and hasattr(type(self), name))}
 
 
+@torch.no_grad()
+def init_taps(conv):
+    """
+    Start a convolution (3 H, D, K) of queries, keys and values as an induction head:
+
+        q_t    a random mix of token t and the K-2 tokens before it
+        k_t    the same mix, one token back, so k_t = q_{t-1}
+        v_t    token t, and a little of the K-1 tokens before it
+
+    So a query finds the value of the token that followed the same tokens earlier in the text.
+    """
+    heads, D, K = conv.shape
+    H = heads // 3
+    mix = torch.randn(H, D, K - 1) * (K - 1) ** -0.5
+    nn.init.normal_(conv, std=0.1)
+    conv[:H], conv[H:2 * H] = F.pad(mix, (1, 0)), F.pad(mix, (0, 1))
+    conv[2 * H:, :, -1] += 1
+
+
 LEAST_LENGTH = 0.1  # shorter queries and keys are divided by this, longer ones by their length
 
 
@@ -117,11 +136,7 @@ class NeuralMemory(CompiledMethods):
     def reset_parameters(self):
         """
         c_qkv      N(0, 1/C), the same weights for q and for k
-        conv       q_t: a random mix of token t and the K-2 tokens before it
-                   k_t: the same mix, one token back, so k_t = q_{t-1}
-                   v_t: token t, and a little of the K-1 tokens before it
-                   So M q_t begins as the value of the token that followed the same tokens earlier:
-                   an induction head
+        conv       init_taps: an induction head
         initial    0: an empty memory reads 0
         c_gates    weight 0, and a bias with which theta, eta, alpha start where the config says
         gain       0.1: a memory that knows nothing yet must not drown the residual stream
@@ -131,11 +146,7 @@ class NeuralMemory(CompiledMethods):
         with torch.no_grad():
             self.c_qkv.weight[:C] = self.c_qkv.weight[C:2 * C]
             if self.conv is not None:
-                K = self.conv.size(2)
-                mix = torch.randn(H, self.head_dim, K - 1) * (K - 1) ** -0.5
-                nn.init.normal_(self.conv, std=0.1)
-                self.conv[:H], self.conv[H:2 * H] = F.pad(mix, (1, 0)), F.pad(mix, (0, 1))
-                self.conv[2 * H:, :, -1] += 1
+                init_taps(self.conv)
         nn.init.zeros_(self.initial)
         nn.init.constant_(self.gain, 0.1)
         if self.c_gates is not None:

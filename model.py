@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memory import CompiledMethods, MemoryState, NeuralMemory, map_state, where  # noqa: F401
+from memory import CompiledMethods, MemoryState, NeuralMemory, init_taps, map_state, where  # noqa: F401
 from nanotitans import kernels
 from nanotitans.configurator import Count, Natural, Range, ShareBelow1, check_ranges
 from nanotitans.deep import memory_of
@@ -50,6 +50,7 @@ class TitansConfig:
     n_head: Count = 12              # heads of attention
     n_embd: Count = 768             # width of the residual stream
     dropout: ShareBelow1 = 0.0      # probability of dropping a number in training
+    attn_conv: Natural = 0          # width of a causal convolution on attention's q, k, v; 0: none
     bias: bool = False              # in the Linear layers of attention and MLP
     tie_weights: bool = True        # use the embedding as the output layer
     segment_len: Count = 128        # mac: tokens that one attention sees
@@ -57,6 +58,8 @@ class TitansConfig:
     window_len: Count = 128         # mag, mal: tokens that a token attends to, itself included
     num_persist_mem: Natural = 4    # learned tokens in front of every segment or window
     num_longterm_mem: Natural = 0   # mac: tokens read from memory for a segment; 0: one a token
+    memory_rule: Literal['titans', 'gated_delta', 'delta'] = 'titans'
+                                    # the Titans rule, or those of Gated DeltaNet and DeltaNet
     memory_depth: Annotated[int, Range(1, 4)] = 1
                                     # layers of the memory: 1 is linear, 2 to 4 an MLP (deep.py)
     memory_expansion: Count = 2     # hidden width over input width, for memory_depth of 2 or more
@@ -83,15 +86,23 @@ class TitansConfig:
         check_ranges(self, {*unused, 'arch'})
         if 'memory_gates' not in unused:
             self.check_gates()
-        if 'memory_conv' not in unused and self.memory_conv == 1:
-            raise ValueError("memory_conv=1 mixes nothing: 0 is no convolution, 2 or more reaches "
-                             "back")
+        for name in {'memory_conv', 'attn_conv'} - unused:
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}=1 mixes nothing: 0 is no convolution, 2 or more reaches "
+                                 "back")
         if ('memory_values' not in unused and self.memory_values
                 and not self.memory_depth == 2 <= self.memory_expansion):
             raise ValueError(f"memory_values={self.memory_values} needs memory_depth=2 and "
                              "memory_expansion of 2 or more")
+        if ('memory_rule' not in unused and self.memory_rule != 'titans'
+                and (self.memory_depth > 1 or self.memory_momentum)):
+            raise ValueError(f"memory_rule='{self.memory_rule}' needs memory_depth=1 and "
+                             "memory_momentum=0")
         if self.backbone == 'gpt2' and not self.bias:
             raise ValueError("backbone='gpt2' needs bias=True: GPT-2 has them")
+        if self.backbone == 'gpt2' and self.attn_conv:
+            raise ValueError(f"attn_conv={self.attn_conv}: GPT-2's attention has no convolution; "
+                             "give --attn_conv=0")
         if self.backbone == 'gpt2' and self.arch == 'lmm':
             raise ValueError("arch='lmm' has no attention, and GPT-2 without it is not GPT-2; give "
                              "--arch=mac, mag, mal or gpt")
@@ -186,7 +197,23 @@ class KVCache(NamedTuple):
     k: torch.Tensor   # of the last S tokens; in mac of this segment's context, then its tokens
                       # (B, S, n_head, D)
     v: torch.Tensor   # as k
-    own: torch.Tensor | None = None  # keys of the text that each row is in now (B, S); None: all
+    same_text: torch.Tensor | None = None  # which keys belong to the text that the row is in (B, S)
+                                           # None: all
+    tail: torch.Tensor | None = None       # the last inputs of the convolution
+                                           # (B, attn_conv - 1, 3 n_head, D)
+
+    def append(self, k, v):
+        """The cache with n more tokens, k and v (B, n, n_head, D)."""
+        same_text = self.same_text
+        if same_text is not None:
+            same_text = F.pad(same_text, (0, k.size(1)), value=True)
+        k = torch.cat((self.k.to(k.dtype), k), dim=1)
+        return self._replace(k=k, v=torch.cat((self.v.to(v.dtype), v), dim=1), same_text=same_text)
+
+    def drop(self, n):
+        """The cache without its first n tokens."""
+        same_text = None if self.same_text is None else self.same_text[:, n:]
+        return self._replace(k=self.k[:, n:], v=self.v[:, n:], same_text=same_text)
 
 
 class BlockState(NamedTuple):
@@ -308,11 +335,23 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.conv = None
+        if config.attn_conv:  # 3-d: no weight decay
+            width = config.n_embd // config.n_head
+            self.conv = nn.Parameter(torch.empty(3 * config.n_head, width, config.attn_conv))
 
     def empty_cache(self, batch_size):
-        width = self.c_proj.in_features // self.n_head
-        k = self.c_attn.weight.new_empty(batch_size, 0, self.n_head, width)
-        return KVCache(k, k)
+        H, width = self.n_head, self.c_proj.in_features // self.n_head
+        k = self.c_attn.weight.new_empty(batch_size, 0, H, width)
+        if self.conv is None:
+            return KVCache(k, k)
+        return KVCache(k, k, tail=k.new_zeros(batch_size, self.conv.size(2) - 1, 3 * H, width))
+
+    def restart(self, cache, rows):
+        """Start the convolution anew in the rows (B,) that are True."""
+        if cache.tail is None:
+            return cache
+        return cache._replace(tail=cache.tail.masked_fill(rows[:, None, None, None], 0))
 
     def angles(self, x, length, index=slice(None), fixed=0):
         """cos and sin for heads of x (B, T, C), of positions `index` of 0 to length-1.
@@ -323,11 +362,19 @@ class Attention(nn.Module):
     def turn(self, x, angles):
         return kernels.rotate(x, *angles)
 
-    def qkv(self, x, angles=None):
-        """x (B, T, C) -> q, k, v (B, T, n_head, D); q and k turned by angles, 2 of (T, 1, D)."""
+    def qkv(self, x, cache, angles=None):
+        """
+        x (B, T, C) -> q, k, v (B, T, n_head, D), cache. With attn_conv q, k, v go through the
+        convolution. Then q and k are turned by angles, 2 of (T, 1, D).
+        """
         heads = self.c_attn(x).unflatten(2, (3 * self.n_head, -1))
+        if self.conv is not None:
+            T, taps = x.size(1), self.conv.to(heads.dtype).unbind(2)
+            heads = torch.cat((cache.tail.to(heads.dtype), heads), dim=1)
+            cache = cache._replace(tail=heads[:, T:])
+            heads = sum(heads[:, i:i + T] * tap for i, tap in enumerate(taps))
         qk, v = heads.split((2 * self.n_head, self.n_head), dim=2)
-        return *self.turn(qk, angles).chunk(2, dim=2), v
+        return (*self.turn(qk, angles).chunk(2, dim=2), v), cache
 
     def kv_weights(self):
         """The part of c_attn that makes keys and values, for kv(). Taken once a call."""
@@ -372,22 +419,21 @@ class Attention(nn.Module):
         filled, out = pos % window, []
         index = positions(filled, x.size(1), window, x.device)
         sizes = split_lengths(filled, x.size(1), window)
-        qkv = self.qkv(x, [table[index] for table in angles])
+        qkv, cache = self.qkv(x, cache, [table[index] for table in angles])
         for q, k, v in zip(*(cut(part, sizes) for part in qkv), strict=True):
             n, past = q.size(1), cache.k.size(1)
-            k = torch.cat((cache.k.to(k.dtype), k), dim=1)
-            v = torch.cat((cache.v.to(v.dtype), v), dim=1)
-            own = None if cache.own is None else F.pad(cache.own, (0, n), value=True)  # (B, S)
-            old = max(past + n - window + 1, 0)  # no later token can see these
-            cache = KVCache(k[:, old:], v[:, old:], None if own is None else own[:, old:])
+            cache = cache.append(k, v)
+            k, v, same_text, _ = cache
+            cache = cache.drop(max(past + n - window + 1, 0))  # no later token can see these
             filled = (filled + n) % window
             if filled == 0:  # the second block becomes the first: turn its keys back by `window`
                 cache = cache._replace(k=kernels.rotate(cache.k, angles[0][:1], -angles[1][:1]))
             mask = None
-            if own is not None or (n > 1 and (past or front)):
+            if same_text is not None or (n > 1 and (past or front)):
                 mask = visible(n, past, front, 1, window, x.device)
-            if own is not None:
-                mask = mask & F.pad(own, (front, 0), value=True)[:, None, None]  # (B, 1, n, S)
+            if same_text is not None:
+                same_text = F.pad(same_text, (front, 0), value=True)
+                mask = mask & same_text[:, None, None]  # (B, 1, n, S)
             if front:
                 k, v = (torch.cat(pair, dim=1) for pair in zip(persistent, (k, v), strict=True))
             out.append(self(q, k, v, mask))
@@ -441,10 +487,10 @@ class Block(CompiledMethods):
         """Begin a new text in the rows (B,) that are True: an empty memory, no earlier key seen."""
         memory, kv = state.memory, state.kv
         if kv is not None:
-            own = kv.own
-            if own is None:
-                own = kv.k.new_ones(kv.k.shape[:2], dtype=torch.bool)
-            kv = kv._replace(own=own & ~rows[:, None])
+            same_text = kv.same_text
+            if same_text is None:
+                same_text = kv.k.new_ones(kv.k.shape[:2], dtype=torch.bool)
+            kv = self.attn.restart(kv._replace(same_text=same_text & ~rows[:, None]), rows)
         if memory is not None:
             memory = self.memory.restart(memory, rows)
         return state._replace(kv=kv, memory=memory)
@@ -584,6 +630,7 @@ class MACBlock(Block):
         if state.kv.k.size(1):
             raise ValueError("a text can only begin where a segment of "
                              f"segment_len={self.segment_len} tokens does")
+        state = state._replace(kv=self.attn.restart(state.kv, rows))
         if self.memory is None:
             return state
         fresh, memory = self.init_state(rows.size(0)), self.memory.restart(state.memory, rows)
@@ -605,7 +652,7 @@ class MACBlock(Block):
             q, _ = self.memory.query(questions, torch.zeros_like(state.tail))
             h = self.attn.kv(self.memory.recall(q, state.base, x.dtype), weights)
             k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), h, strict=True))
-        return state._replace(kv=KVCache(k, v))
+        return state._replace(kv=state.kv._replace(k=k, v=v))
 
     def segment(self, state, x, cos, sin, q, k, v, memory_queries, filled, weights, update_memory):
         """
@@ -621,8 +668,8 @@ class MACBlock(Block):
             h = self.memory.recall(memory_queries, state.base, q.dtype)
             h_k, h_v = ([part] for part in self.attn.kv(h, weights, (cos, sin)))
             copies = 2
-        kv = KVCache(torch.cat((front_k, *h_k, text_k, k), dim=1),
-                     torch.cat((front_v, *h_v, text_v, v), dim=1))
+        kv = state.kv._replace(k=torch.cat((front_k, *h_k, text_k, k), dim=1),
+                               v=torch.cat((front_v, *h_v, text_v, v), dim=1))
         state = state._replace(kv=kv)
         front = kv.k.size(1) - copies * (filled + n)
         mask = None
@@ -637,7 +684,7 @@ class MACBlock(Block):
 
     def attend_segment(self, q, kv, mask, length):
         """Attention to the segment's context and to its `length` tokens so far."""
-        return self.attn(q, *kv[:2], mask)
+        return self.attn(q, kv.k, kv.v, mask)
 
     def compile_step(self):
         """As in Block, but a whole segment instead of the memory in it."""
@@ -649,7 +696,8 @@ class MACBlock(Block):
         # what does not depend on the memory is computed for the whole call at once
         angles = self.attn.angles(x, self.segment_len,
                                   positions(filled, x.size(1), self.segment_len, x.device))
-        weights, qkv = self.attn.kv_weights(), self.attn.qkv(u, angles)
+        weights, (qkv, kv) = self.attn.kv_weights(), self.attn.qkv(u, state.kv, angles)
+        state = state._replace(kv=kv)
         memory_queries = [None] * len(sizes)
         if self.memory is not None and self.questions is None:
             queries, tail = self.memory.query(u, state.tail)
@@ -672,7 +720,7 @@ class MACBlock(Block):
             done += y.size(1)
             filled = (filled + y.size(1)) % self.segment_len
             if filled == 0:  # the segment is full: later tokens know it only through the memory
-                state = state._replace(kv=KVCache(*(t[:, :0] for t in state.kv[:2])))
+                state = state._replace(kv=state.kv.drop(state.kv.k.size(1)))
                 if self.questions is not None:
                     state = state._replace(last=u[:, done - 1:done].clone())
         y = torch.cat(attended, dim=1)
@@ -714,6 +762,7 @@ class TitansGPT(nn.Module):
         memory               NeuralMemory.reset_parameters
         Block's c_proj       the memory's value projection, transposed and as large as a c_proj:
                              what is read looks like what was written (an induction head)
+        Attention's conv     as the memory's: an induction head
         RMSNorm              1
         persist, questions   N(0, 1), like a normed token
         """
@@ -728,6 +777,8 @@ class TitansGPT(nn.Module):
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
+            if block.attn is not None and block.attn.conv is not None:
+                init_taps(block.attn.conv)
             if block.memory is not None:
                 values = block.memory.c_qkv.weight[-C:]
                 scale = (C / (2 * self.config.n_layer)) ** 0.5

@@ -28,6 +28,7 @@ FORMAT = 6
 # the last commit that reads formats before 6; since then the memory follows another update rule
 OLDER = "d3538b1"
 STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
+STATES['k', 'v', 'own'] = KVCache  # its fields before attn_conv
 
 
 def save(path: str, content: dict, copies: Sequence[str] = ()) -> None:

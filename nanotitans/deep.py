@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memory import LEAST_LENGTH, NeuralMemory
+from nanotitans.delta import DeltaMemory, GatedDeltaMemory
 from nanotitans.kernels import blocks, wide
 
 GELU_MEAN, GELU_STD = 0.28209479177387814, 0.5879149692443127  # of gelu(z) for z ~ N(0, 1)
@@ -173,5 +174,6 @@ class FeatureMemory(NeuralMemory):
 def memory_of(config):
     """The memory that a config asks for."""
     if config.memory_depth == 1:
-        return NeuralMemory(config)
+        rules = {'titans': NeuralMemory, 'delta': DeltaMemory, 'gated_delta': GatedDeltaMemory}
+        return rules[config.memory_rule](config)
     return FeatureMemory(config) if config.memory_values else DeepMemory(config)

@@ -18,8 +18,10 @@ SEGMENT = 8
 HARD = {'memory_gates': 'hard', 'bias': True, 'tie_weights': False}
 VARIANTS = {
     'gpt': {'arch': 'gpt', 'block_size': 12},
+    'gpt convolution': {'arch': 'gpt', 'block_size': 12, 'attn_conv': 4},
     'mac': {},
     'mac deep': {'memory_depth': 2, **HARD},
+    'mac convolution': {'attn_conv': 3},
     'mac fixed gates': {'memory_conv': 0, 'memory_gates': 'fixed'},
     'mac long-term tokens': {'memory_momentum': 0.3, 'num_longterm_mem': 3, 'memory_layers': '1',
                              'num_persist_mem': 0},
@@ -32,9 +34,11 @@ VARIANTS = {
     'mal deep': {'arch': 'mal', 'memory_depth': 3, 'memory_momentum': 0.5, 'memory_layers': '1',
                  'window_len': 3, 'num_persist_mem': 0},
     'lmm': {'arch': 'lmm', 'memory_momentum': 0.5},
+    'lmm gated delta': {'arch': 'lmm', 'memory_rule': 'gated_delta'},
+    'lmm delta': {'arch': 'lmm', 'memory_rule': 'delta'},
     'lmm deep': {'arch': 'lmm', 'memory_depth': 2, 'memory_gates': 'hard', 'memory_conv': 0},
 }
-WITH_MEMORY = [name for name in VARIANTS if name != 'gpt' and 'no memory' not in name]
+WITH_MEMORY = [name for name in VARIANTS if 'gpt' not in name and 'no memory' not in name]
 EXACT = {'rtol': 1e-9, 'atol': 1e-9}
 
 
@@ -449,7 +453,8 @@ def test_defaults_stay():
         'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
         'memory_values': 0, 'memory_heads': 0, 'memory_conv': 4, 'memory_gates': 'sigmoid',
         'memory_lr': 0.4, 'memory_max_lr': 0.5, 'memory_momentum': 0.0, 'memory_decay': 0.001,
-        'memory_layers': 'all'}
+        'memory_layers': 'all', 'attn_conv': 0,
+            'memory_rule': 'titans'}
 
 
 @pytest.mark.parametrize('options, words', [
@@ -525,3 +530,19 @@ def test_sliding_attention_is_masked_attention(window, persist, cuts):
     first, far = (attn.sliding(x, attn.empty_cache(2), start, window, p)[0]
                   for start in (0, 10 ** 9 * window))  # the angles stay bounded
     assert torch.equal(first, far)
+
+
+@variants('gpt convolution', 'mac convolution')
+def test_the_convolution_of_attention(variant):
+    """It is PyTorch's depthwise convolution over this token and those before it."""
+    attention, x = build(variant).blocks[0].attn, torch.randn(2, 9, 16).double()
+    K = attention.conv.size(2)
+    angles = attention.angles(x, 9)
+    (q, k, v), cache = attention.qkv(x, attention.empty_cache(2), angles)
+    projected = attention.c_attn(x).mT  # (2, 48, 9)
+    taps = attention.conv.flatten(0, 1)[:, None]
+    want = torch.nn.functional.conv1d(projected, taps, padding=K - 1, groups=48)[..., :9].mT
+    want = want.unflatten(2, (6, 8))
+    assert_close(v, want[:, :, 4:], **EXACT)
+    assert_close(torch.cat((q, k), dim=2), attention.turn(want[:, :, :4], angles), **EXACT)
+    assert_close(cache.tail, attention.c_attn(x).unflatten(2, (6, 8))[:, -(K - 1):], **EXACT)

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from model import NeuralMemory, TitansConfig
+from model import TitansConfig
+from nanotitans.deep import memory_of
 
 T, D = 13, 6
 
@@ -26,10 +27,10 @@ def gradient(M, k, v):
     return 2 * torch.outer(M @ k - v, k)
 
 
-def titans(M, q, k, v, theta, eta, alpha, calls):
-    """NeuralMemory from M. -> what each token read (T, D), the last memory (D, D)"""
-    module = NeuralMemory(TitansConfig(n_layer=1, n_head=1, n_embd=D, memory_heads=1,
-                                       memory_momentum=0.5)).double()
+def titans(M, q, k, v, theta, eta, alpha, calls, **options):
+    """A memory that starts from M. -> what each token read (T, D), the last memory (D, D)"""
+    module = memory_of(TitansConfig(n_layer=1, n_head=1, n_embd=D, memory_heads=1,
+                                    **options)).double()
     module.initial.data.copy_(M)
     state, read = module.init_state(1), []
     gates = torch.stack((theta, eta, alpha), dim=1)[None, ..., None]  # (1, T, 3, 1)
@@ -91,4 +92,34 @@ def test_the_memory_computes_the_rule(rule, constants, calls):
     M, q, *rest = drawn(**constants)
     memories = list(rule(M, *rest))
     want = torch.stack([memory @ x for memory, x in zip(memories, q, strict=True)]), memories[-1]
-    assert_close(titans(M, q, *rest, calls), want, rtol=1e-9, atol=1e-9)
+    result = titans(M, q, *rest, calls, memory_momentum=0.5)
+    assert_close(result, want, rtol=1e-9, atol=1e-9)
+
+
+def decay_before_error(M, k, v, theta, eta, alpha):
+    """Gated DeltaNet with alpha and beta of the same token: S_t in equation 10 of 2412.06464."""
+    for t in range(T):
+        beta, M = 2 * theta[t], (1 - alpha[t]) * M
+        M = M - beta * torch.outer(M @ k[t], k[t]) + beta * torch.outer(v[t], k[t])
+        yield M
+
+
+@pytest.mark.parametrize('calls', [(T,), (1, 5, 7)])
+@pytest.mark.parametrize('option, rule, constants', [
+    ('delta', delta_net, {'alpha': 0.0}), ('gated_delta', decay_before_error, {})])
+def test_memory_rule(option, rule, constants, calls):
+    """memory_rule computes the rule of its name, in any number of calls."""
+    M, q, *rest = drawn(eta=0.0, **constants)
+    memories = list(rule(M, *rest))
+    want = torch.stack([memory @ x for memory, x in zip(memories, q, strict=True)]), memories[-1]
+    result = titans(M, q, *rest, calls, memory_rule=option)
+    assert_close(result, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('option, largest', [('delta', 0.0), ('gated_delta', 1 - 1e-4)])
+def test_the_forget_gate_of_the_other_rules(option, largest):
+    """DeltaNet forgets nothing; Gated DeltaNet never everything, even with a gate that is 1."""
+    module = memory_of(TitansConfig(n_layer=1, n_head=1, n_embd=D, memory_heads=1,
+                                    memory_rule=option, memory_gates='fixed', memory_decay=1.0))
+    theta, eta, alpha = module.gate(torch.randn(1, 3, D))[0, 0, :, 0].tolist()
+    assert (theta, eta) == (pytest.approx(0.2), 0) and alpha == pytest.approx(largest)
