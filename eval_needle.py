@@ -38,7 +38,7 @@ from nanotitans.peak import peak_bytes
 from nanotitans.reader import ReaderConfig, memory_modes
 from tasks.needle import NEEDLE, NOISE, TASKS, Haystack, question
 
-BLOCK = 1024  # tokens of each sample read in one call
+PIECE = 1024  # tokens of each sample read in one call
 SLACK = 4     # tokens that the model may generate beyond the length of the answer
 SCORING = 1   # version of asking and scoring: cells of another version are not used
 
@@ -132,7 +132,7 @@ class Asker:
         return max(s['answer'] for s in self.samples[task])
 
     def prompt(self, task, sample, length, depth):
-        """Yield a context up to its answer in blocks of BLOCK tokens; the last is never empty."""
+        """Yield a context up to its answer in blocks of PIECE tokens; the last is never empty."""
         haystack = self.haystacks[TASKS[task].haystack]
         inserts = [(depth if needle_depth is None else needle_depth, ids)
                    for needle_depth, ids in zip(sample['depths'], sample['needles'], strict=True)]
@@ -142,9 +142,9 @@ class Asker:
         pending = np.empty(0, np.int64)
         for part in itertools.chain(parts, [np.asarray(sample['ask'], np.int64)]):
             pending = np.concatenate((pending, part))
-            while len(pending) > BLOCK:
-                yield pending[:BLOCK]
-                pending = pending[BLOCK:]
+            while len(pending) > PIECE:
+                yield pending[:PIECE]
+                pending = pending[PIECE:]
         yield pending
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ def score(asker, task, length, depth, n, update_memory, batch_size, tick=lambda 
 
 
 class Results:
-    """needle.json: all finished cells, without those of a checkpoint or samples changed since."""
+    """The finished cells of needle.json whose checkpoint and samples have not changed."""
 
     def __init__(self, path, sources):
         self.path, self.sources, self.cells = path, sources, []
@@ -274,7 +274,7 @@ def flat(asker, config, tick):
             times.append(time.perf_counter())
         text, = asker.answers(task, sample, length, 0.5, config.update_memory, mark)
         found = text is not None and sample[0]['values'][0] in text
-        # time of reading alone: the answer is a larger share of a short context than of a long one
+        # without the time of the answer, which would weigh more in a short context
         ms = 1000 * (times[-1] - times[0]) / length
         return ms, peak_bytes(asker.reader.device), found
     before = [cost(4096) for _ in range(10)]
@@ -335,12 +335,12 @@ def check_lengths(config, tasks, shortest, runs):
 
 
 def make_grid(config, tasks, lengths, abouts):
-    """All cells of this evaluation, without their scores: what a score depends on."""
+    """All cells of this evaluation: for each a dict of everything that its score depends on."""
     depths = parse_numbers(config, 'depths', 0, 100)
     return [{'task': task, 'model': name, 'length': length, 'depth': depth,
              'samples': max(1, min(config.samples, config.cell_tokens // length)),
              'dtype': about['dtype'], 'device': about['device'],
-             'block': BLOCK, 'slack': SLACK, 'scoring': SCORING}
+             'block': PIECE, 'slack': SLACK, 'scoring': SCORING}
             for length, task, depth, (name, about)
             in itertools.product(lengths, tasks, depths, abouts.items())]
 

@@ -20,9 +20,9 @@ Token t finds the memory M_{t-1} and the surprise S_{t-1}. It leaves M_t and S_t
 
 This is the paper's recurrence without an approximation: each gradient is taken at M_{t-1}. theta is
 bounded so that the memory cannot blow up. docs/equations.md gives the rule in the paper's symbols,
-and the proof. (Some code for test-time training calls theta eta.) nanotitans/kernels computes the
-rule; nanotitans/deep.py has memories of two to four layers. The keys, values and queries of
-attention are others, made in model.py.
+and the proof. (Other code calls the step size eta.) nanotitans/kernels/blocks.py computes the rule
+in PyTorch, native.c beside it in C; nanotitans/deep.py has memories of two to four layers. The
+keys, values and queries of attention are others, made in model.py.
 
 Shape letters: B batch, T tokens of this call, C n_embd, H memory heads, D width of a head = C / H,
 K memory_conv.
@@ -135,10 +135,10 @@ class NeuralMemory(CompiledMethods):
 
     def reset_parameters(self):
         """
-        c_qkv      N(0, 1/C), the same weights for q and for k
+        c_qkv      std C^-0.5, the same weights for q and for k
         conv       init_taps: an induction head
         initial    0: an empty memory reads 0
-        c_gates    weight 0, and a bias with which theta, eta, alpha start where the config says
+        c_gates    weight 0; theta, eta and alpha start where the config says
         gain       0.1: a memory that knows nothing yet must not drown the residual stream
         """
         C, H = self.c_qkv.in_features, self.n_head

@@ -598,7 +598,7 @@ class MACBlock(Block):
     Memory as Context, segment by segment:
         h = M(q(x)), M as it is when the segment begins     what does the past say about this token?
         y = Attn([P | h | x]), position t sees h_j, x_j for j <= t
-        z = x + g * y, g learned, 0 at first                add what helps as key and value
+        z = x + g * y, g = self.share, 0 at first           add what helps as key and value
         M is written with z, and read again: o_t = y_t + W M_t(q(z_t))
     A residual connection, then the MLP. (The paper has z = y and o = y (x) M(z), a gate. Both learn
     more slowly, see docs/log.md.)
@@ -757,8 +757,8 @@ class TitansGPT(nn.Module):
 
     def init_weights(self):
         """
-        Linear, wte          N(0, 0.02), bias 0, as GPT-2
-        */c_proj             N(0, 0.02 / sqrt(2 n_layer)): the stream keeps its size with depth
+        Linear, wte          std 0.02, bias 0, as GPT-2
+        */c_proj             std 0.02 / sqrt(2 n_layer): the stream keeps its size with depth
         memory               NeuralMemory.reset_parameters
         Block's c_proj       the memory's value projection, transposed and as large as a c_proj:
                              what is read looks like what was written (an induction head)
@@ -846,10 +846,10 @@ class TitansGPT(nn.Module):
         (B, 1, vocab) and None. weights (B, T), with mean 1 over the data: how much each target
         counts.
 
-        state=None starts afresh; the returned state continues from here. update_memory=False
-        freezes the long-term memory. begins {t: rows (B,) bool}: the rows in which token t begins a
-        new text, with an empty memory and without earlier keys. In mac t must be where a segment
-        begins, else ValueError.
+        state=None starts afresh; the returned state continues from here. update_memory=False reads
+        the long-term memory and never writes it. begins {t: rows (B,) bool}: the rows in which
+        token t begins a new text, with an empty memory and without earlier keys. In mac t must be
+        where a segment begins, else ValueError.
         """
         self.check_arguments(idx, targets, state, weights, begins)
         pos, before = (0, [None] * len(self.blocks)) if state is None else state

@@ -71,7 +71,7 @@ class PrepareConfig:
     documents: Natural = 0          # openwebtext, fineweb_edu: number of documents; 0 = all
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
     haystack: str = ''              # needle, talk: data set or file; '' = Python language reference
-    block_size: RowLength = 256     # needle, talk: tokens per row
+    block_size: RowLength = 256     # needle, talk: tokens of a row, and one more as last target
     rows: Annotated[int, Range(16)] = 32768  # needle, talk, recall: rows, plus 1/16 for validation
     words: int = 768                # needle, talk: words in the vocabulary; bytes spell the others
     seed: Natural = 1337            # needle, talk, recall: random seed of the rows
@@ -443,9 +443,11 @@ def main(argv):
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}{wrong}")
     name = names[0]
     remedies = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE',
-                'recall': ''}
+                'talk': '; give --haystack=FILE', 'recall': ''}
     if config.source and name in remedies:
         raise UserError(f"--source is not for {name}{remedies[name]}")
+    if config.block_size != PrepareConfig.block_size and name not in ('needle', 'talk'):
+        raise UserError(f"--block_size is not for {name}: it is for needle and talk")
     if config.name != 'text' and name != 'text':
         raise UserError(f"--name is for text; {name} has its own")
     if not re.fullmatch(r'\w[\w-]*', config.name) or config.name in (*NAMES, 'downloads'):

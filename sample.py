@@ -53,7 +53,7 @@ class SampleConfig(ReaderConfig):
     min_p: Share = 0.0  # drop tokens less likely than this share of the most likely one; 0 = none
     repetition_penalty: Positive = 1.0  # above 1: tokens already sampled become less likely
     memory: str = ''                # the file to load the memory from and save it to
-    reset_memory: bool = False      # start with an empty memory; refuse a file of another model
+    reset_memory: bool = False      # start with an empty memory; keep files of other models
     update_memory: bool = True      # False: read the memory, never write it, and do not save it
     learn: str = ''                 # a text file to read first, or - for standard input
     seed: Natural = 1337            # the seed of the random numbers
@@ -90,7 +90,7 @@ def read_prompt(text):
 
 
 def sample(chat, prompt):
-    """Print the prompt and its continuations."""
+    """Print the prompt and its continuations. model.stream calls sample_token for each token."""
     chat.read(chat.reader.encode(prompt))
     if chat.config.num_samples > 1:
         return sample_batch(chat, prompt, chat.config.num_samples)

@@ -11,13 +11,14 @@ a checkpoint and stop. docs/multi-node.md explains several machines, SLURM and p
 
     row              one sequence of a batch, block_size tokens
     document         a text inside a row; with doc_reset it starts with a fresh memory
-    micro-batch      the rows of one forward and backward pass
-    span             the tokens of a micro-batch between two cuts of the graph (tbptt)
-    carried state    what the memory and the attention of a row know at the end of a step; with
-                     carry_state the row starts its next step with it
+    micro-batch      the rows that go through the model together
+    span             with tbptt: the tokens of a row between two cuts of the autograd graph. The
+                     state goes on from span to span, the gradient does not
+    carried state    the memory and the keys of a row after a step; with carry_state the row starts
+                     its next step with them
     fresh memory     M_0, the learned initial weights of the memory: nothing was read yet
-    never written    a memory that is read but not updated (update_memory=False); every evaluation
-                     compares with it
+    never written    a memory that is read but not updated (update_memory=False), for comparison;
+                     every eval_*.py has this control
 """
 import dataclasses
 import math
@@ -82,7 +83,7 @@ class TrainConfig(TitansConfig):
     # memory in training
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
     reset_prob: Share = 0.05        # carry_state: probability that a step resets a row's memory
-    tbptt: Natural = 0              # tokens between two cuts of the graph; 0: no cut inside a row
+    tbptt: Natural = 0              # tokens between two cuts of the autograd graph; 0: no cut
     update_memory: bool = True      # False: the memory is never written, for comparison
     write_cost: NotNegative = 0.0   # price of writing, nats per unit of mean theta; it makes hard
                                     # gates close where writing does not help
@@ -93,20 +94,21 @@ class TrainConfig(TitansConfig):
     min_lr: NotNegative = 6e-5      # where the cosine schedule ends
     warmup_iters: Natural = 100     # steps of linear warm-up
     max_iters: Natural = 5000       # steps in all
-    lr_decay_iters: int = 0         # the step at which the cosine schedule ends; 0: max_iters
+    lr_decay_iters: Natural = 0     # the step at which the cosine schedule ends; 0: max_iters
     decay_lr: bool = True           # False: no cosine schedule, learning_rate to the end
     weight_decay: NotNegative = 0.1  # of matrices only
     beta1: ShareBelow1 = 0.9        # AdamW's decay of the mean gradient
     beta2: ShareBelow1 = 0.95       # AdamW's decay of the mean square
     grad_clip: NotNegative = 1.0    # largest norm of the gradient; 0: no limit
-    max_skips: Count = 20           # stop after so many steps in a row with a number not finite
+    max_skips: Count = 20           # stop after so many steps in a row with a loss or gradient
+                                    # that is not finite
     # machine
     device: str = 'auto'            # cuda, mps or cpu; auto: the first of them on this machine
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'
                                     # with torchrun; auto: ddp if half a GPU holds model and AdamW
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
                                     # auto: bfloat16 on a GPU that has it, else float32
-    compile: bool = False           # torch.compile the step that blocks repeat: takes a minute
+    compile: bool = False           # compile the code of each layer; takes a minute at the start
     kernel: Literal['auto', 'loop', 'blocks'] = 'auto'
                                     # the memory's rule in C (loop) or PyTorch (blocks); auto: in C
                                     # if the machine can
@@ -159,7 +161,10 @@ class TrainConfig(TitansConfig):
 
 
 def get_lr(step, config):
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr."""
+    """
+    Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr. With decay_lr=False
+    it stays at learning_rate after the warm-up.
+    """
     end = config.lr_decay_iters or config.max_iters
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
@@ -172,7 +177,7 @@ def get_lr(step, config):
 
 class Run:
     """
-    One training run: train_step() makes a step, loop() the run. A checkpoint holds what state()
+    One training run: train_step() makes a step, loop() the run. A checkpoint holds what content()
     returns and the carried states; restore() reads them back.
     """
 
@@ -259,7 +264,7 @@ class Run:
 
     # -- what a checkpoint holds
 
-    def state(self):
+    def content(self):
         """A checkpoint's content without the carried states. Every process must call this."""
         model = self.raw.state_dict()
         if self.parallel == 'fsdp':  # state_dict would save tied weights twice
@@ -309,7 +314,10 @@ class Run:
                                           path == self.checkpoints.path, self.device)
 
     def tensor_like(self, name):
-        """The tensor whose sharding a tensor of a checkpoint takes; None: it is not sharded."""
+        """
+        The parameter whose sharding a checkpoint's tensor gets, by the tensor's name, such as
+        '/model/wte.weight' or '/optimizer/3/exp_avg'. None: it is not sharded.
+        """
         _, kind, *rest = name.split('/')
         if kind == 'state' or rest[-1] == 'step':
             return None
@@ -352,7 +360,7 @@ class Run:
             self.best_step, self.best_val_loss = self.step, best_loss
         states = [(rows, state) for rows, state in zip(self.micro_batches, self.states, strict=True)
                   if state is not None]
-        self.checkpoints.save(self.state(), states, best_loss is not None)
+        self.checkpoints.save(self.content(), states, best_loss is not None)
 
     # -- a step
 
@@ -396,7 +404,8 @@ class Run:
         """
         config, state, fresh = self.config, self.states[i], None
         n = self.micro_batches[i].stop - self.micro_batches[i].start
-        part = n / self.rows * self.process.world  # of the mean; DDP and FSDP average the gradients
+        # its share of the step's mean, times world, because DDP and FSDP divide gradients by it
+        part = n / self.rows * self.process.world
         if config.carry_state:
             fresh = self.batches.fresh_rows(self.step, rows) | self.rows_to_reset[rows]
         spans = list(self.batches.spans(batch, fresh, config.tbptt))
@@ -462,7 +471,7 @@ class Run:
             self.tracker.log(self.step, metrics)
 
     def log_step(self, loss, norm, memory, seconds, smoothed):
-        """seconds: a step took, since the last log; smoothed: the same over several logs."""
+        """seconds: mean time of a step since the last log line; smoothed: over several lines."""
         config, lr = self.config, get_lr(self.step - 1, self.config)
         speed = self.rows * config.block_size / seconds
         gates = skips = ''

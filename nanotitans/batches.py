@@ -1,8 +1,8 @@
 """
 The rows that one process reads at each step, and their way to the device.
 
-A batch depends on the seed and the step alone. So a resumed run reads what the first run would have
-read, and a step has the same rows however many processes share them.
+A training batch depends on the seed and the step alone. So a resumed run reads what the first run
+would have read, and a step has the same rows however many processes share them.
 """
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class Batches:
 
     def of_step(self, step):
         """All micro-batches of this process in a training step.   [(slice of rows, Batch)]"""
-        # an idle process reads one row with weight 0, so that all take the same number of steps
+        # An idle process reads one row, which train.py weights with 0, so that all processes take
+        # the same number of steps.
         slices = [rows if rows.stop > rows.start else slice(0, 1) for rows in self.micro_batches]
         batches = [self.training(step, rows) for rows in slices]
         if self.config.doc_reset:
@@ -51,21 +52,24 @@ class Batches:
         return [b._replace(weights=np.full(b.x.shape, weight, np.float32)) for b in batches]
 
     def fresh_rows(self, step, rows):
-        """Rows that begin the step with a fresh memory, chosen at random.   (len(rows),) bool"""
+        """A random bool for each row (len(rows),): does it begin the step with a fresh memory?"""
         chance = generator('rows that begin afresh', self.config.seed, step).random(self.rows)
         return chance[rows] < self.config.reset_prob
 
     # -- evaluation: the same batches for every run, whatever its seed
 
     def evaluation(self, split, i):
-        """The i-th batch of a split, and whether it is one of those that count."""
+        """The i-th batch of a split. -> Batch, whether it counts, bool"""
         config = self.config
         rng = generator(f'{split} evaluation', i)
         batch = self.data.random(split, config.batch_size, config.block_size, rng)
         return batch, i < config.eval_iters
 
     def stream(self, i):
-        """This process's rows of the i-th step through the validation text; whether it has any."""
+        """
+        This process's rows of the i-th step through the validation text. -> Batch, whether it
+        counts, bool: a process without rows reads one that does not count.
+        """
         config, process = self.config, self.process
         first, end = (config.batch_size * r // process.world
                       for r in (process.rank, process.rank + 1))
@@ -88,8 +92,8 @@ class Batches:
         Split a Batch into spans of at most span_len tokens (0: one span). For each span yield x, y,
         weights and begins, {t: rows that begin a text at token t}, all on the device.
 
-        fresh (rows,) marks rows that begin a text at the first token. If it is given, every state
-        carries a key mask, even where no row begins a text.
+        fresh (rows,) marks rows that begin a text at the first token. If it is given, begins[0]
+        exists even if no row does, so that the state has the same structure at every step.
         """
         length, begins = batch.x.shape[1], {}
         if batch.begins is not None:

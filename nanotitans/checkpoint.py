@@ -3,9 +3,10 @@ A checkpoint is one file of tensors and plain types, loadable with weights_only=
 atomically. Its keys:
 
     format, step, best_val_loss, best_step, skips, evaluated (the step of the last evaluation),
-    model_config, train_config, tokenizer, provenance (commit, checksums of the data), model
-    and, to resume: optimizer, scaler, state (the carried state of the rows of the global batch, or
-    None), rows_to_reset (the rows that begin the next step with a fresh memory)
+    model_config, train_config, tokenizer, provenance (commit, data set and its checksums, torch),
+    model and, to resume: optimizer, scaler, state (the carried state of the rows of the global
+    batch, or None), skips (steps without an update), rows_to_reset (rows whose carried state was
+    not finite: they begin the next step with a fresh memory)
 
 FSDP writes checkpoints in shards: sharded.py.
 """
@@ -27,7 +28,7 @@ from nanotitans.files import error_reason, link_or_copy, sync_folder
 FORMAT = 6
 # the last commit that reads formats before 6; since then the memory follows another update rule
 OLDER = "d3538b1"
-STATES = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
+STATES: dict = {cls._fields: cls for cls in (TitansState, BlockState, KVCache, MemoryState)}
 STATES['k', 'v', 'own'] = KVCache  # its fields before attn_conv
 
 
@@ -149,8 +150,8 @@ def checkpoints_by_step(out_dir: str, folders: bool = False) -> dict[int, str]:
 
 def prune(out_dir, step, keep_last, keep=(), folders=False):
     """
-    Remove the checkpoints named by their step, except the last `keep_last` of those up to `step`
-    and the steps in `keep`. Those after `step` are of a run that was resumed before them.
+    Remove checkpoints with a step in their name. Keep the last `keep_last` up to `step`, and the
+    steps in `keep`. Those after `step` are from before this run was resumed.
     """
     paths = checkpoints_by_step(out_dir, folders)
     last = [s for s in paths if s <= step][-keep_last:] if keep_last else []
@@ -171,7 +172,8 @@ def fallback_hint(path):
     paths = list(checkpoints_by_step(os.path.dirname(path) or '.').values())
     if len(paths) < 2 or not path.endswith('ckpt.pt'):
         return ''
-    return f"; the one before it is {paths[-2]}: copy it to {path}"
+    before = paths[-2]  # the last is another name of ckpt.pt
+    return f"; the one before it is {before}: copy it to {path}"
 
 
 def remove_unfinished(out_dir):

@@ -4,11 +4,12 @@ What is in data/NAME/, and how it becomes batches. writer.py writes it.
     train.bin, val.bin   token ids, one after another, uint8 or uint16; a large data set has shards:
                          train_00000.bin, train_00001.bin, ...
     *_ends.bin           where each document of that file ends, uint64, if documents are known
-    *_weights.bin        how much each token counts as a target, uint16, if the data set has rows
+    *_weights.bin        how much each token counts as a target, uint16, if the data set is made of
+                         rows; the first token of a row is never a target
     meta.json            tokenizer, vocab_size, dtype; tokens and documents of each split; sha256 of
-                         each file; document_end, the token; row_len, the tokens of a row, and
-                         mean_weight; about, what the text is, such as a version of Python;
-                         made_from, sha256 of the user's texts
+                         each file; document_end, the token; row_len, the tokens of a row (inputs
+                         and the last target), and mean_weight, of a target; about, what the text
+                         is, such as a version of Python; made_from, sha256 of the user's texts
 
 The layout decides what a row of a batch can be: any block of a text (Text), a row of its own
 (Rows), or documents one after another (Documents).
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
     x: np.ndarray                 # inputs, int64
     y: np.ndarray                 # targets, int64; -1: none
     weights: np.ndarray | None    # how much each target counts, float32, mean 1; None: all alike
-    begins: np.ndarray | None     # where a document begins, bool; None: it makes no difference
+    begins: np.ndarray | None     # where a document begins, bool; None: documents are not known
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,12 +72,10 @@ class Rows(Text):
 
     def num_starts(self, split, block_size):
         data = self.data
-        if block_size >= self.unit:
-            longer = ''
-            if data.name in ('needle', 'talk'):
-                longer = f", or prepare longer rows with --block_size={block_size}"
+        if block_size != self.unit - 1:  # a shorter block would cut off what the row is about
             raise UserError(f"block_size={block_size}: a row of {data.folder} has {self.unit - 1} "
-                            f"tokens and their targets; lower it{longer}")
+                            f"tokens and their targets; give --block_size={self.unit - 1}, or "
+                            "prepare other rows")
         return data.tokens[split] // self.unit
 
     def batch(self, split, starts, block_size):
@@ -108,8 +107,8 @@ class Documents(Text):
     @functools.lru_cache(32)  # noqa: B019 (a data set lives as long as the run)
     def shard(self, split, shard):
         """
-        Where each document of a shard ends in its file (n,); where each begins in the layout of the
-        shard, then its end (n + 1,).
+        -> ends (n,), where each document of a shard ends in its file; starts (n + 1,), where each
+        begins in the layout of the shard, then the end of that layout
         """
         data, file = self.data, self.data.file(split, shard, '_ends')
         count = os.path.getsize(data.path(file)) // END.itemsize
@@ -124,16 +123,16 @@ class Documents(Text):
 
     def row(self, split, start, length):
         """
-        Inputs, targets and where documents begin, (length,) each, from a place of the layout on. At
-        the end of the layout its beginning follows.
+        Inputs, targets and where documents begin, (length,) each, from token `start` of the layout
+        on. After its end it goes on from its beginning.
         """
         data, shard_starts = self.data, self.shard_starts[split]
         x, y = np.full(length, data.document_end, np.int64), np.full(length, -1, np.int64)
         begins, done = np.zeros(length, bool), 0
         while done < length:
-            place = (start + done) % shard_starts[-1]
-            shard = np.searchsorted(shard_starts, place, 'right') - 1
-            place -= shard_starts[shard]
+            in_layout = (start + done) % shard_starts[-1]
+            shard = np.searchsorted(shard_starts, in_layout, 'right') - 1
+            place = in_layout - shard_starts[shard]
             ends, starts = self.shard(split, shard)
             document = np.searchsorted(starts, place, 'right') - 1
             skip, first = place - starts[document], ends[document - 1] if document else 0
@@ -268,7 +267,7 @@ class Dataset:
         return np.memmap(self.path(file), dtype, 'r', offset, (int(length),))
 
     def flat(self, split, start, length):
-        """`length` token ids, int64, from the start-th on, as if all shards were one file."""
+        """`length` token ids, int64, from token `start` on, as if all shards were one file."""
         out, done, shard_start = np.empty(length, np.int64), 0, 0
         for shard, tokens in enumerate(self.shards[split]):
             first = start + done - shard_start
@@ -309,8 +308,8 @@ class Dataset:
     def contiguous(self, split: str, rows: int, block_size: int, step: int, seed: int,
                    mine: slice = slice(None)) -> Batch:
         """
-        A Batch in which each row goes on where it ended at step - 1. At the end of the split its
-        beginning follows. Of these rows only the slice `mine`.
+        A Batch in which each row goes on where it ended at step - 1. After the end of the split it
+        goes on from the beginning. Of these rows only the slice `mine`.
         """
         num_starts, unit = self.num_starts(split, block_size), self.layout.unit
         first = generator(f'{split} rows that read on', seed).integers(num_starts)

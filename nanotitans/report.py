@@ -72,12 +72,12 @@ def memory_rows(run):
     if eta:
         size, stored = 2 * size, 'M and S'
     blocks = ','.join(map(str, config.memory_blocks()))
-    frozen = '' if config.update_memory else ', frozen'
+    unwritten = '' if config.update_memory else ', never written'
     in_c = native.usable(next(run.raw.parameters())) and config.memory_depth == 1
     stay = 'and stay there' if config.memory_gates == 'fixed' else 'and are learned from there'
     momentum = f"eta {eta:g} = a surprise lasts {1 / (1 - eta):.1f} tokens" if eta else 'none'
     return [('memory', f"{size:,} bytes a sequence ({stored}), depth {config.memory_depth}, "
-                       f"{config.memory_heads} heads, blocks {blocks}{frozen}, "
+                       f"{config.memory_heads} heads, blocks {blocks}{unwritten}, "
                        f"computed by {'a loop in C' if in_c else 'PyTorch'}"),
             ('gates', f"{config.memory_gates}; they start here {stay}:"),
             ('  memory_lr', f"theta {theta:.3g} = {theta_share:g} of the largest step"),

@@ -105,7 +105,7 @@ class Checkpoints:
 
     def save(self, content, states, best):
         """
-        content: the result of train.Run.state(), which lacks the carried states. states: those of
+        content: the result of train.Run.content(), which lacks the carried states. states: those of
         this process, [(slice of rows, state)]. best: whether the validation loss is the lowest so
         far. Shards are written in the background, after this returns.
         """

@@ -73,7 +73,7 @@ class Writer:
         self.about, self.made_from = about or {}, made_from
         self.folder, self.old = self.final + '.partial', self.final + '.old'
         self.dtype = np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
-        self.weight, self.source, self.shard = dict.fromkeys(SPLITS, 0), None, None
+        self.weights, self.source, self.shard = dict.fromkeys(SPLITS, 0), None, None
         self.shards = {split: [] for split in SPLITS}     # tokens of each shard
         self.documents = {split: [] for split in SPLITS}  # documents of each shard
         self.sums = {}                                    # {file name: sha256} of finished shards
@@ -82,7 +82,7 @@ class Writer:
         try:
             self.put_back()
             self.check_folders()
-            if not self.resumed():
+            if not self.resume():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 os.makedirs(self.folder)
         except OSError as error:
@@ -92,7 +92,7 @@ class Writer:
     # -- the three folders: the data set, the new one while it is written, the old one meanwhile
 
     def put_back(self):
-        """Undo a replacement that was killed half-way: the data set has the old one's name."""
+        """Undo a replacement that was killed half-way: rename NAME.old back to NAME."""
         replaced = os.path.join(self.old, REPLACED)
         if not os.path.exists(self.final) and os.path.exists(replaced):
             os.replace(self.old, self.final)
@@ -135,7 +135,7 @@ class Writer:
         with contextlib.suppress(FileNotFoundError):  # last: until here a restart needs it
             os.remove(os.path.join(self.final, 'progress.json'))
 
-    def resumed(self):
+    def resume(self):
         """Go on after the last finished shard, if there is one. -> whether there is"""
         if not self.shard_tokens:
             return False
@@ -177,7 +177,7 @@ class Writer:
                 lengths = len(ids), len(weights), self.row_len
                 assert lengths[0] == lengths[1] == lengths[2], lengths
                 self.shard.write(split + '_weights', np.asarray(weights, dtype=WEIGHT))
-                self.weight[split] += int(np.sum(weights))
+                self.weights[split] += int(np.sum(weights[1:]))  # the first is no target
             if self.document_end is not None:
                 assert ids[-1] == self.document_end, "a document ends with document_end"
                 self.shard.write(split + '_ends', np.asarray(self.shards[split][-1:], dtype=END))
@@ -235,12 +235,13 @@ class Writer:
         if self.made_from:
             meta['made_from'] = self.made_from
         if self.row_len:
-            mean = {split: self.weight[split] / self.tokens[split] for split in SPLITS}
+            targets = {s: n // self.row_len * (self.row_len - 1) for s, n in self.tokens.items()}
+            mean = {split: self.weights[split] / targets[split] for split in SPLITS}
             meta |= {'row_len': self.row_len, 'mean_weight': mean}
         return meta
 
     def failed(self, error):
-        """The UserError of an OSError. What cannot be gone on with is removed."""
+        """The UserError of an OSError. A folder that cannot be resumed is removed."""
         if not self.shard_tokens:
             shutil.rmtree(self.folder, ignore_errors=True)
         after = "nothing was changed"

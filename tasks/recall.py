@@ -11,7 +11,7 @@ values that a model recalls.
 """
 import numpy as np
 
-LENGTH = 256                 # tokens of a training row, without the last target
+LENGTH = 256                 # block_size for training; a row has one token more
 SEGMENT = 32                 # segment length of the models that this task is for
 GAP = 3 * SEGMENT            # filler between the last pair and the first question
 PAIRS = 4, 8, 16, 32

@@ -147,7 +147,7 @@ def test_contexts_are_equally_long_and_hold_every_value(workspace, task, tokeniz
         for depth in 0.0, 0.5, 1.0:
             for sample in asker.samples[task]:
                 blocks = list(asker.prompt(task, sample, length, depth))
-                assert {len(b) for b in blocks[:-1]} <= {eval_needle.BLOCK} and len(blocks[-1]) >= 1
+                assert {len(b) for b in blocks[:-1]} <= {eval_needle.PIECE} and len(blocks[-1]) >= 1
                 assert sum(map(len, blocks)) == length - asker.answer_len(task)
                 text = tokenizer.decode(np.concatenate(blocks).tolist())
                 assert all(f": {value}." in text for value in sample['values'])

@@ -149,7 +149,7 @@ def test_weighted_rows_train_on_the_weighted_mean(tmp_path, tbptt):
         x, y, w = map(torch.from_numpy, run.batches.training(run.step, micro_batch)[:3])
         rows = [np.flatnonzero((ids[:, :-1] == row).all(1)).item() for row in x.numpy()]
         assert np.array_equal(y.numpy(), ids[rows, 1:])
-        normed = (weights[rows, 1:] / weights.mean()).astype(np.float32)
+        normed = (weights[rows, 1:] / weights[:, 1:].mean()).astype(np.float32)
         torch.testing.assert_close(w.numpy(), normed)
         losses = torch.nn.functional.cross_entropy(run.raw(x, y)[0].mT, y, reduction='none')
         expected += (losses * w).mean().item() / 2
