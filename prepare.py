@@ -12,6 +12,7 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py needle            needles in haystacks, with an evaluation set (no network)
     python prepare.py talk              conversations with facts to remember (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
+    python prepare.py parity            elements of a group and their product; also mod5, s3, s5
 
 --source=PATH reads from the disk instead of downloading: a file (shakespeare*) or a folder of
 .parquet or .jsonl files (openwebtext, fineweb_edu); stdlib and talk read another folder of Python
@@ -47,8 +48,8 @@ from nanotitans.seeds import generator
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from nanotitans.writer import Writer
 from tasks import needle as needles
-from tasks import recall as recalls
 from tasks import talk as talks
+from tasks.rows import TASKS
 
 SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
                'tinyshakespeare/input.txt')
@@ -72,9 +73,9 @@ class PrepareConfig:
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
     haystack: str = ''              # needle, talk: data set or file; '' = Python language reference
     block_size: RowLength = 256     # needle, talk: tokens of a row, and one more as last target
-    rows: Annotated[int, Range(16)] = 32768  # needle, talk, recall: rows, plus 1/16 for validation
+    rows: Annotated[int, Range(16)] = 32768  # needle, talk, tasks: rows, plus 1/16 for validation
     words: int = 768                # needle, talk: words in the vocabulary; bytes spell the others
-    seed: Natural = 1337            # needle, talk, recall: random seed of the rows
+    seed: Natural = 1337            # needle, talk, tasks: random seed of the rows
 
     def __post_init__(self):
         check_ranges(self)
@@ -320,13 +321,12 @@ def code_lines(texts):
     return chosen
 
 
-def recall(config):
-    """Write rows of pairs; all numbers of pairs are equally likely."""
-    tokenizer = Tokenizer({'kind': 'byte'})
-    with Writer(config.data_dir, 'recall', tokenizer, recalls.LENGTH + 1) as writer:
-        for split, rng in draws('recall', config):
-            row = recalls.recall_row(rng, int(rng.choice(recalls.PAIRS)))
-            writer.add(split, *row)
+def task(name, config):
+    """Write rows of a task of tasks/rows.py; all levels are equally likely."""
+    rows = TASKS[name]
+    with Writer(config.data_dir, name, Tokenizer({'kind': 'byte'}), rows.block_size + 1) as writer:
+        for split, rng in draws(name, config):
+            writer.add(split, *rows.row(rng, int(rng.choice(rows.levels))))
 
 
 @functools.cache
@@ -432,7 +432,8 @@ def open_stream(datasets, source, where):
 
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu,
-                                   text, needle, talk, recall)}
+                                   text, needle, talk)}
+CORPORA |= {name: functools.partial(task, name) for name in TASKS}
 
 
 def main(argv):
@@ -443,7 +444,7 @@ def main(argv):
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}{wrong}")
     name = names[0]
     remedies = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE',
-                'talk': '; give --haystack=FILE', 'recall': ''}
+                **dict.fromkeys(TASKS, '')}
     if config.source and name in remedies:
         raise UserError(f"--source is not for {name}{remedies[name]}")
     if config.block_size != PrepareConfig.block_size and name not in ('needle', 'talk'):

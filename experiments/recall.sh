@@ -9,4 +9,4 @@ for model in "${MODELS[@]}"; do
   # shellcheck disable=SC2086  # the options are words
   run train.py config/recall_cpu.py --out_dir="out/recall/$name" $options
 done
-run eval_recall.py --out_dir="$(echo out/recall/*/ | sed 's|/ |,|g; s|/$||')"
+run eval_rows.py --out_dir="$(echo out/recall/*/ | sed 's|/ |,|g; s|/$||')"

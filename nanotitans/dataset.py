@@ -33,7 +33,7 @@ END = np.dtype(np.uint64)     # where a document ends in its file
 SPLITS = ('train', 'val')
 # what prepare.py can make; any other name is a text of the user's
 NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle',
-         'talk', 'recall')
+         'talk', 'recall', 'parity', 'mod5', 's3', 's5')
 
 
 class Batch(NamedTuple):
@@ -72,10 +72,14 @@ class Rows(Text):
 
     def num_starts(self, split, block_size):
         data = self.data
-        if block_size != self.unit - 1:  # a shorter block would cut off what the row is about
-            raise UserError(f"block_size={block_size}: a row of {data.folder} has {self.unit - 1} "
-                            f"tokens and their targets; give --block_size={self.unit - 1}, or "
-                            "prepare other rows")
+        remedy = f"a row of {data.folder} has {self.unit - 1} tokens and their targets; give "
+        remedy += f"--block_size={self.unit - 1}, or prepare other rows"
+        if block_size >= self.unit:
+            raise UserError(f"block_size={block_size}: {remedy}")
+        rows = min(data.tokens[split] // self.unit, 64)
+        weights = data.map(data.file(split, 0, '_weights'), 0, rows * self.unit, WEIGHT)
+        if not weights.reshape(rows, self.unit)[:, 1:block_size + 1].any():
+            raise UserError(f"block_size={block_size} cuts off every target that counts; {remedy}")
         return data.tokens[split] // self.unit
 
     def batch(self, split, starts, block_size):

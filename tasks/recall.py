@@ -6,7 +6,7 @@ segment or a window reaches back to the pairs.
     filler ... | k1 v1 k2 v2 ... kn vn | 96 tokens of filler | k7 v7 k2 v2 ...
 
 Each row draws new pairs, in which no key and no value occurs twice. Only the values after the keys
-asked for count in the loss. `prepare.py recall` makes training rows; `eval_recall.py` counts the
+asked for count in the loss. `prepare.py recall` makes training rows; `eval_rows.py` counts the
 values that a model recalls.
 """
 import numpy as np
@@ -35,3 +35,11 @@ def recall_row(rng, pairs):
     weights = np.zeros(len(ids), np.uint16)
     weights[-len(asked) + 1::2] = max(max(PAIRS) // pairs, 1)
     return ids, weights
+
+
+def chance(pairs):
+    """
+    The accuracy of a model that knows which values the row has, and which of them were answers
+    already, but not their keys: the mean of 1 / n, 1 / (n - 1), ..., 1.
+    """
+    return sum(1 / left for left in range(1, pairs + 1)) / pairs

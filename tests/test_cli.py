@@ -19,7 +19,7 @@ from helpers import TEXT
 import bench
 import eval_learning
 import eval_needle
-import eval_recall
+import eval_rows
 import eval_talk
 import plot
 import prepare
@@ -148,7 +148,7 @@ def test_print_config_and_help_exit_zero(capsys):
 @pytest.mark.parametrize('config, flag, words', [
     *((config, '--seed=-1', 'seed=-1') for config in (
         train.TrainConfig, sample.SampleConfig, eval_talk.TalkConfig, eval_learning.LearningConfig,
-        eval_recall.RecallConfig)),
+        eval_rows.RowsConfig)),
     (bench.BenchConfig, '--gpus=0', 'gpus=0 must be at least 1'),
     (bench.BenchConfig, '--gpu_flops=0', 'gpu_flops=0.0 must be above 0'),
     (bench.BenchConfig, '--threads=100000', 'threads=100000 must be in [0, 1024]'),

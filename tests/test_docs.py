@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -194,6 +195,7 @@ def test_every_name_is_in_the_code(page):
     choices = {choice for hint in options.values() for choice in typing.get_args(hint)}
     classes = [c for m in NAMESPACES.values() for c in vars(m).values() if isinstance(c, type)]
     members = {name for c in classes for name in vars(c)}
+    members |= set(inspect.signature(model.TitansGPT.forward).parameters)
     names = set(re.findall(r'`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*?\)|=\w+)?`', text))
     assert not [name for name in sorted(names - set(options) - choices - members)
                 if not name.endswith(('.py', '.c', '.md', '.pt')) and not resolves(name)]
@@ -274,8 +276,8 @@ def test_the_ten_lines_of_train_your_own_run(project, capsys):
 
 
 @pytest.mark.parametrize('script, absent', [
-    ('plot', 'torch'), ('eval_recall', 'nanotitans.parallel'),
-    ('eval_recall', 'nanotitans.conversation'), ('sample', 'nanotitans.parallel')])
+    ('plot', 'torch'), ('eval_rows', 'nanotitans.parallel'),
+    ('eval_rows', 'nanotitans.conversation'), ('sample', 'nanotitans.parallel')])
 def test_a_script_loads_only_what_it_needs(script, absent):
     command = f"import sys, {script}; sys.exit({absent!r} in sys.modules)"
     assert subprocess.run([sys.executable, '-c', command], cwd=HERE).returncode == 0

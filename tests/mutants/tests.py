@@ -33,7 +33,7 @@ TESTS = {
                  " or sample_refuses or seeded'",
     'eval_context.py': "test_needle.py -k context",
     'eval_learning.py': "test_talk.py", 'eval_needle.py': "test_needle.py",
-    'eval_recall.py': "test_recall.py", 'eval_talk.py': "test_talk.py",
+    'eval_rows.py': "test_recall.py", 'eval_talk.py': "test_talk.py",
 }
 
 

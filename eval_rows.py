@@ -1,0 +1,122 @@
+"""
+How often does a model give the right answer on a task of made-up rows? The harder levels are not in
+training. The results are saved as NAME.json and NAME.png in the first out_dir.
+
+    python prepare.py recall
+    python train.py config/recall_cpu.py --arch=mag --out_dir=out/recall-mag
+    python eval_rows.py --out_dir=out/recall-mag,out/recall-gpt
+    python prepare.py parity
+    python train.py config/states_cpu.py --dataset=parity --out_dir=out/parity
+    python eval_rows.py --out_dir=out/parity
+
+recall     pairs of tokens, asked for three segments later; the level is the number of pairs
+parity, mod5, s3, s5   the product of elements of a group; the level is the number of elements
+
+The task is the data set that the model was trained on. An answer is right if the model gives it the
+highest probability of all tokens. Chance is the accuracy of a guess.
+"""
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from nanotitans import configurator
+from nanotitans.configurator import Count, Natural, UserError, check_ranges
+from nanotitans.figures import pyplot, save_figure
+from nanotitans.files import save_json
+from nanotitans.reader import ReaderConfig, memory_modes
+from nanotitans.seeds import generator
+from tasks.rows import TASKS
+
+NEVER = ', never written'
+
+
+@dataclass
+class RowsConfig(ReaderConfig):
+    out_dir: str = 'out/recall_cpu'  # the folder of a run, or of several with commas between
+    rows: Count = 100               # number of rows for each level
+    seed: Natural = 7               # the seed of the rows, which are never training rows
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@torch.no_grad()
+def accuracy(reader, name, level, config, update_memory):
+    """The share of right answers on rows of a level of a task."""
+    rows = [TASKS[name].row(generator(f'{name} evaluation', config.seed, level, i), level)
+            for i in range(config.rows)]
+    ids, weights = (torch.from_numpy(np.stack(part).astype(np.int64)).to(reader.device)
+                    for part in zip(*rows, strict=True))
+    with reader.autocast:
+        logits, _, _ = reader.model(ids[:, :-1], ids[:, 1:], update_memory=update_memory)
+    is_answer = weights[:, 1:] > 0
+    return (logits.argmax(-1) == ids[:, 1:])[is_answer].float().mean().item()
+
+
+def task_of(readers):
+    """The name of the task that all models were trained on. UserError if there is none."""
+    names = set()
+    for reader in readers:
+        name = reader.content['provenance'].get('dataset')
+        if name not in TASKS:
+            raise UserError(f"{reader.path} was not trained on rows of a task; run python "
+                            f"prepare.py NAME, with one of {', '.join(TASKS)}, then train on it")
+        names.add(name)
+    if len(names) > 1:
+        raise UserError(f"the models were trained on different tasks: {', '.join(sorted(names))}")
+    return names.pop()
+
+
+def draw(results, task, path):
+    """Accuracy against the level: a line for each model, dotted if never written."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)
+    for name, shares in results.items():
+        style = {'label': name}
+        if name.endswith(NEVER):  # the control of the line before
+            style = {'linestyle': ':', 'color': axes.lines[-1].get_color()}
+        axes.plot(task.test_levels, [100 * share for share in shares.values()], marker='o',
+                  markersize=4, **style)
+    axes.plot(task.test_levels, [100 * task.chance(level) for level in task.test_levels],
+              color='black', linestyle='--', label='chance')
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(task.test_levels, task.test_levels)
+    axes.minorticks_off()
+    axes.set(xlabel=task.unit, ylabel='right answers, %', ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def print_row(title, shares):
+    print(title.ljust(40) + ''.join(f'{100 * share:11.1f}' for share in shares), flush=True)
+
+
+def main(argv):
+    config = configurator.load(RowsConfig, argv, __doc__)
+    out_dirs = config.out_dir.split(',')
+    readers = [config.open(out_dir) for out_dir in out_dirs]
+    name = task_of(readers)
+    task = TASKS[name]
+    print('right answers, %'.ljust(40) + ''.join(f'{n:>4} {task.unit}' for n in task.test_levels))
+    results, models = {}, [reader.about() for reader in readers]
+    for reader in readers:
+        for title, update_memory in memory_modes(reader).items():
+            label = os.path.dirname(reader.path) + (NEVER if title == 'never written' else '')
+            results[label] = {level: accuracy(reader, name, level, config, update_memory)
+                              for level in task.test_levels}
+            print_row(label, results[label].values())
+    print_row('chance', map(task.chance, task.test_levels))
+    path, picture = (os.path.join(out_dirs[0], name + suffix) for suffix in ('.json', '.png'))
+    save_json(path, {'config': asdict(config), 'models': models, 'task': name,
+                     'accuracy': results}, indent=1)
+    draw(results, task, picture)
+    print(f"wrote {path} and {picture}")
+    return 0
+
+
+if __name__ == '__main__':
+    configurator.run(main)

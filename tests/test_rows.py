@@ -1,0 +1,120 @@
+"""Rows of tasks are right and do not leak; eval_rows.py counts right answers."""
+import hashlib
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_rows
+import prepare
+import train
+from nanotitans.configurator import UserError
+from nanotitans.dataset import Dataset
+from nanotitans.reader import ReaderConfig
+from tasks import states
+from tasks.recall import FILLER, GAP, LENGTH, PAIR_COUNTS, PAIRS, VALUES, recall_row
+from tasks.rows import TASKS
+
+
+@pytest.mark.parametrize('pairs', PAIR_COUNTS)
+def test_every_value_was_told_three_segments_before(pairs):
+    ids, weights = recall_row(np.random.default_rng(pairs), pairs)
+    assert len(ids) == len(weights) == (LENGTH + 1 if pairs in PAIRS else 4 * pairs + GAP)
+    questions = np.flatnonzero(weights)
+    assert len(questions) == pairs and weights.sum() == max(pairs, max(PAIRS))
+    assert set(ids[questions]) <= set(VALUES)
+    told = {ids[i]: (ids[i + 1], i + 1) for i in range(questions[0] - 1)
+            if ids[i] not in FILLER and ids[i] not in VALUES}
+    assert len(told) == pairs
+    for i in questions:
+        value, place = told[ids[i - 1]]
+        assert value == ids[i] and i - 1 - place > GAP
+
+
+def index_of_product(ids, size):
+    """The index of the product of permutations, by matrices that move thing i to place p[i]."""
+    elements, product = states.GROUPS[f's{size}'].elements, np.eye(size, dtype=int)
+    for i in ids:
+        product = np.eye(size, dtype=int)[list(elements[i])].T @ product
+    return elements.index(tuple(product.argmax(0).tolist()))
+
+
+@pytest.mark.parametrize('name, answer', [
+    ('parity', lambda ids: sum(ids) % 2), ('mod5', lambda ids: sum(ids) % 5),
+    ('s3', lambda ids: index_of_product(ids, 3)), ('s5', lambda ids: index_of_product(ids, 5))])
+def test_the_answer_is_the_product(name, answer):
+    for length in 1, 7, 40, 64:
+        ids, weights = TASKS[name].row(np.random.default_rng(length), length)
+        assert len(ids) == max(length, 40) + 2
+        assert np.flatnonzero(weights).tolist() == [length + 1] and ids[length] == states.ASK
+        assert ids[length + 1] == answer(ids[:length].tolist())
+        assert (ids[length + 2:] == states.PAD).all()
+    a, b, product = *states.GROUPS['s3'].elements[1:3], states.GROUPS['s3'].product
+    assert product(a, b) != product(b, a)
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_no_validation_row_is_a_training_row(name, tmp_path):
+    """Rows with few possible contents, such as one element, are left out."""
+    prepare.main([name, '--rows=512', f'--data_dir={tmp_path}'])
+    data, length = Dataset(str(tmp_path), name), TASKS[name].block_size + 1
+    rows = {split: {tuple(row) for row in data.flat(split, 0, n).reshape(-1, length).tolist()
+                    if states.ASK not in row[:16]} for split, n in data.tokens.items()}
+    assert len(rows['val']) > 2 and not rows['train'] & rows['val']
+
+
+def test_results_are_printed_drawn_and_saved(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(tmp_path)
+    prepare.main(['recall', '--rows=16'])
+    assert train.main(['--dataset=recall', '--arch=lmm', '--n_layer=1', '--n_embd=16',
+                       '--memory_heads=2', '--block_size=256', '--batch_size=2', '--max_iters=1',
+                       '--eval_iters=1', '--device=cpu', '--out_dir=a']) == 0
+    capsys.readouterr()
+    assert eval_rows.main(['--out_dir=a,a/', '--rows=4', '--device=cpu']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split('  ')[0] for line in lines[1:4]] == ['a', 'a, never written', 'a']
+    assert lines[5].split() == ['chance', '52.1', '34.0', '21.1', '12.7', '7.4']
+    assert Path('a/recall.png').read_bytes()[:4] == b'\x89PNG'
+    content = json.loads(Path('a/recall.json').read_text())
+    assert content['config']['rows'] == 4 and len(content['models']) == 2
+    assert content['models'][0] == {
+        'checkpoint': 'a/ckpt.pt', 'step': 1, 'dtype': 'float32', 'device': 'cpu',
+        'sha256': hashlib.sha256(Path('a/ckpt.pt').read_bytes()).hexdigest()}
+    assert set(content['accuracy']) == {'a', 'a, never written'}
+    assert all(0 <= share <= 1 for share in content['accuracy']['a'].values())
+    with pytest.raises(UserError, match='block_size=128 cuts off every target that counts'):
+        train.main(['--dataset=recall', '--arch=lmm', '--block_size=128', '--out_dir=b'])
+
+
+@pytest.mark.parametrize('update_memory, share', [(True, 1), (False, 0)])
+def test_a_perfect_memory_is_always_right(update_memory, share):
+    def model(ids, targets, update_memory):
+        right = torch.nn.functional.one_hot(targets, 256).float()
+        return right if update_memory else right.roll(1, -1), None, None
+    reader = types.SimpleNamespace(device=torch.device('cpu'), model=model,
+                                   autocast=torch.autocast('cpu', enabled=False))
+    config = eval_rows.RowsConfig(rows=4)
+    for task, level in ('recall', 8), ('s5', 64):
+        assert eval_rows.accuracy(reader, task, level, config, update_memory) == share
+
+
+@pytest.mark.parametrize('flag, words', [('--rows=0', 'rows=0'), ('--seed=-1', 'seed=-1'),
+                                         ('--out_dir=none', 'no such checkpoint')])
+def test_wrong_options_are_refused(flag, words):
+    with pytest.raises(UserError, match=words):
+        eval_rows.main([flag])
+
+
+@pytest.mark.parametrize('names, words', [
+    ([None], 'x.pt was not trained on rows of a task'), (['text'], 'x.pt was not trained on rows'),
+    (['s3', 'recall'], 'different tasks: recall, s3')])
+def test_a_checkpoint_of_other_data_is_refused(monkeypatch, names, words):
+    readers = iter(types.SimpleNamespace(path='x.pt', content={'provenance': {'dataset': name}})
+                   for name in names)
+    monkeypatch.setattr(ReaderConfig, 'open', lambda *_: next(readers))
+    with pytest.raises(UserError, match=words):
+        eval_rows.main(['--out_dir=' + ','.join('a' for _ in names)])
