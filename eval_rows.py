@@ -23,7 +23,7 @@ import torch
 
 from nanotitans import configurator
 from nanotitans.configurator import Count, Natural, UserError, check_ranges
-from nanotitans.figures import pyplot, save_figure
+from nanotitans.figures import pyplot, run_names, save_figure
 from nanotitans.files import save_json
 from nanotitans.reader import ReaderConfig, memory_modes
 from nanotitans.seeds import generator
@@ -74,8 +74,10 @@ def draw(results, task, path):
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)
+    runs = [name for name in results if not name.endswith(NEVER)]
+    labels = dict(zip(runs, run_names(runs), strict=True))
     for name, shares in results.items():
-        style = {'label': name}
+        style = {'label': labels.get(name)}
         if name.endswith(NEVER):  # the control of the line before
             style = {'linestyle': ':', 'color': axes.lines[-1].get_color()}
         axes.plot(task.test_levels, [100 * share for share in shares.values()], marker='o',
