@@ -172,7 +172,7 @@ def run(main):
     try:
         configurator.run(main)
     except SystemExit as end:
-        status = end.code
+        status = end.code or 0  # None, too, is success
     except RuntimeError as error:
         if re.search('gloo|NCCL|Connection (closed|reset)', str(error)):
             script, reason = os.path.basename(sys.argv[0]), str(error).splitlines()[0]

@@ -13,7 +13,7 @@ import torch
 from helpers import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli import PREPARE, RUN, TEXT, TINY, refused
+from test_cli import PREPARE, RUN, TEXT, refused
 
 import eval_needle
 import plot
@@ -34,13 +34,12 @@ SAMPLE = ['--max_new_tokens=3', '--device=cpu']
 
 
 def fuzz(examples):
-    """Hypothesis seeds a test with its source: an edit of the test draws other examples."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=examples, derandomize=True, database=None, deadline=None,
                     suppress_health_check=checks)
 
 
-def one_line(act):
+def result_or_error(act):
     """-> what act returns, or its UserError of one line. Any other exception fails the test."""
     try:
         return act()
@@ -65,7 +64,7 @@ def place(tmp_path_factory):
 def test_flags(place, flags):
     """A value that is taken is the one that was given, or is named as not used."""
     argv = [f'--{name}={value}' for name, value in flags]
-    config = one_line(lambda: configurator.load(train.TrainConfig, argv))
+    config = result_or_error(lambda: configurator.load(train.TrainConfig, argv))
     if not isinstance(config, UserError):
         for name, value in dict(flags).items():
             taken = getattr(config, name)
@@ -79,7 +78,7 @@ def test_flags(place, flags):
 def test_config_files(place, lines, garbage):
     source = ''.join(f'{name} = {value!r}\n' for name, value in lines) + garbage
     Path('fuzz.py').write_text(source, errors='replace')
-    config = one_line(lambda: configurator.load(train.TrainConfig, ['fuzz.py']))
+    config = result_or_error(lambda: configurator.load(train.TrainConfig, ['fuzz.py']))
     if not isinstance(config, UserError):
         for name, value in dict(lines).items():
             if not name.startswith('_'):
@@ -119,9 +118,9 @@ def test_meta_json(place, data):
     changed = garbage or json.dumps(mutate(json.loads(good), data.draw))
     try:
         path.write_text(changed, errors='replace')
-        dataset = one_line(lambda: Dataset('data', 'text'))
+        dataset = result_or_error(lambda: Dataset('data', 'text'))
         if not isinstance(dataset, UserError):  # it has the right checksums, so the right tokens
-            result = one_line(lambda: dataset.flat('train', 0, 100))
+            result = result_or_error(lambda: dataset.flat('train', 0, 100))
             assert isinstance(result, UserError) or (result == tokens).all()
     finally:
         path.write_text(good)
@@ -136,7 +135,7 @@ def test_token_files(place, data):
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1:]
     try:
         path.write_bytes(data.draw(st.sampled_from([good[:at], good + good[:at + 1], flipped])))
-        assert isinstance(one_line(lambda: Dataset('data', 'text')), UserError)
+        assert isinstance(result_or_error(lambda: Dataset('data', 'text')), UserError)
     finally:
         path.write_bytes(good)
 
@@ -144,18 +143,17 @@ def test_token_files(place, data):
 @fuzz(40)
 @given(st.data())
 def test_checkpoints(place, data):
-    """Written by someone else, with all its checksums: sampled from, and gone on with."""
+    """A checkpoint of another user, with right checksums: to sample from, and to resume."""
     path = 'out/ckpt.pt'
     good = torch.load(path, weights_only=True)
     changed = mutate(good, data.draw)
     try:
         torch.save(changed, path)
-        one_line(lambda: sample.main(['--max_new_tokens=3', '--prompt=def', '--device=cpu']))
-        resume = ['--dataset=text', '--carry_state', *TINY, '--max_iters=3', '--init_from=resume']
-        ended = one_line(lambda: train.main(resume))
-        if not isinstance(ended, UserError):
-            content = checkpoint.load(path)
-            assert content['step'] == max(3, changed['step'])
+        result_or_error(lambda: sample.main([*SAMPLE, '--prompt=def']))
+        resume = [*TRAIN, '--max_iters=3', '--init_from=resume']
+        status = result_or_error(lambda: train.main(resume))
+        if not isinstance(status, UserError):
+            assert checkpoint.load(path)['step'] == max(3, changed['step'])
     finally:
         torch.save(good, path)
 
@@ -179,7 +177,7 @@ def test_memory_files(place, data, in_bytes):
             content['sha256'] = memory_file.digest(rest)
         torch.save(content, path)
     changed = path.read_bytes()
-    if isinstance(one_line(lambda: sample.main(['--memory=me.mem', *argv])), UserError):
+    if isinstance(result_or_error(lambda: sample.main(['--memory=me.mem', *argv])), UserError):
         assert path.read_bytes() == changed
     else:
         assert torch.load(path, weights_only=True)['tokens'] > 0
@@ -194,7 +192,7 @@ def test_prompts(place, prompt, in_file):
     if isinstance(prompt, bytes):
         Path('prompt').write_bytes(prompt)
         prompt = 'FILE:prompt'
-    one_line(lambda: sample.main([*SAMPLE, f'--prompt={prompt}']))
+    result_or_error(lambda: sample.main([*SAMPLE, f'--prompt={prompt}']))
 
 
 LOG_ROW = st.dictionaries(st.sampled_from(['step', 'loss', 'val_loss', 'memory']), PLAIN)
@@ -210,8 +208,8 @@ def test_logs(place, content):
         content = ''.join(json.dumps(row) + '\n' for row in content).encode()
     try:
         files[0].write_bytes(content)
-        one_line(lambda: plot.read('out'))
-        one_line(lambda: train.main([*TRAIN, '--init_from=resume']))
+        result_or_error(lambda: plot.read('out'))
+        result_or_error(lambda: train.main([*TRAIN, '--init_from=resume']))
     finally:
         for path, data in zip(files, before, strict=True):
             path.write_bytes(data)

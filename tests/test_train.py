@@ -197,6 +197,17 @@ def test_a_checkpoint_that_makes_no_sense_is_not_resumed(saved, change):
         Run(dataclasses.replace(config, init_from='resume'))
 
 
+@pytest.mark.parametrize('name, value', [
+    ('exp_avg', None), ('exp_avg_sq', torch.zeros(3)), ('step', torch.zeros(1)), ('step', 4)])
+def test_optimizer_state_that_does_not_fit_is_refused(saved, name, value):
+    """The run would start, and end in a traceback at its first step."""
+    config, path, content = saved
+    content['optimizer']['state'][0][name] = value
+    torch.save(content, path)
+    with pytest.raises(UserError, match='cannot resume from it'):
+        Run(dataclasses.replace(config, init_from='resume'))
+
+
 def test_the_commit_is_marked_if_the_code_was_changed():
     status = subprocess.run(['git', '-C', HERE, 'status', '--porcelain', '-uno'],
                             capture_output=True, text=True)
