@@ -375,7 +375,7 @@ def test_signals_that_come_together(here):
     assert len(process.stdout.read(20)) == 20
     for _ in range(3):
         process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
     talk().load('me.mem')
 
@@ -384,7 +384,7 @@ def test_signals_that_come_together(here):
 def test_a_signal_saves(here, number):
     process = start_long_answer(processes.hear_signals)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 128 + number and b'Traceback' not in err, err
     conversation = talk()
     conversation.load('me.mem')

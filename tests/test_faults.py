@@ -85,7 +85,7 @@ train.run(train.main)
     flags = [f"--{k}={v}" for k, v in vars(config).items() if k not in ('vocab_size', 'ignored')]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                '--max-restarts=1', str(script), *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('parameters  ') == 2

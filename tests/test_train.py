@@ -378,7 +378,7 @@ def test_interrupt_saves_and_says_how_to_resume(data_dir, tmp_path):
         if line.startswith('step     3'):
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err == 'SIGINT: stopping after this step; once more stops at once, without saving\n'
     assert 'saved; go on with: python train.py' in out and '--init_from=resume' in out
