@@ -1,6 +1,7 @@
 """
 How often does a model give the right answer on a task of made-up rows? The harder levels are not in
-training. The results are saved as NAME.json and NAME.png in the first out_dir.
+training. The results, with the bytes of the model's state for a row, are saved as NAME.json and
+NAME.png in the first out_dir.
 
     python prepare.py recall
     python train.py config/recall_cpu.py --arch=mag --out_dir=out/recall-mag
@@ -11,6 +12,8 @@ training. The results are saved as NAME.json and NAME.png in the first out_dir.
 
 recall     pairs of tokens, asked for three segments later; the level is the number of pairs
 parity, mod5, s3, s5   the product of elements of a group; the level is the number of elements
+mqar       pairs of 8,192 tokens, asked for at once; the level is the number of pairs
+mad_*      recall, noisy, fuzzy, copy and memory: see tasks/mad.py
 
 The task is the data set that the model was trained on. An answer is right if the model gives it the
 highest probability of all tokens. Chance is the accuracy of a guess.
@@ -25,11 +28,12 @@ from nanotitans import configurator
 from nanotitans.configurator import Count, Natural, UserError, check_ranges
 from nanotitans.figures import pyplot, run_names, save_figure
 from nanotitans.files import save_json
-from nanotitans.reader import ReaderConfig, memory_modes
+from nanotitans.reader import ReaderConfig, memory_modes, state_bytes
 from nanotitans.seeds import generator
 from tasks.rows import TASKS
 
 NEVER = ', never written'
+PIECE = 2 ** 15  # tokens that are read at once
 
 
 @dataclass
@@ -43,16 +47,19 @@ class RowsConfig(ReaderConfig):
 
 
 @torch.no_grad()
-def accuracy(reader, name, level, config, update_memory):
-    """The share of right answers on rows of a level of a task."""
+def measure(reader, name, level, config, update_memory):
+    """The share of right answers on rows of a level of a task, and the bytes of a row's state."""
     rows = [TASKS[name].row(generator(f'{name} evaluation', config.seed, level, i), level)
             for i in range(config.rows)]
-    ids, weights = (torch.from_numpy(np.stack(part).astype(np.int64)).to(reader.device)
+    ids, weights = (torch.from_numpy(np.stack(part).astype(np.int64))
                     for part in zip(*rows, strict=True))
-    with reader.autocast:
-        logits, _, _ = reader.model(ids[:, :-1], ids[:, 1:], update_memory=update_memory)
-    is_answer = weights[:, 1:] > 0
-    return (logits.argmax(-1) == ids[:, 1:])[is_answer].float().mean().item()
+    right, size = [], max(1, PIECE // ids.size(1))
+    for part, counts in zip(ids.split(size), weights.split(size), strict=True):
+        part, counts = part.to(reader.device), counts[:, 1:].to(reader.device)
+        with reader.autocast:
+            logits, _, state = reader.model(part[:, :-1], part[:, 1:], None, update_memory, counts)
+        right.append(logits.argmax(-1) == part[:, 1:][counts > 0])
+    return torch.cat(right).float().mean().item(), state_bytes(state)
 
 
 def task_of(readers):
@@ -70,26 +77,39 @@ def task_of(readers):
 
 
 def draw(results, task, path):
-    """Accuracy against the level: a line for each model, dotted if never written."""
+    """
+    Accuracy against the level: a line for each model, dotted if never written. Beside it the mean
+    over the levels against the bytes of the state.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', sharey=True,
+                                         width_ratios=(3, 2))
+    left.set_prop_cycle(color=plt.get_cmap('tab20').colors)
     runs = [name for name in results if not name.endswith(NEVER)]
     labels = dict(zip(runs, run_names(runs), strict=True))
-    for name, shares in results.items():
-        style = {'label': labels.get(name)}
+    for name, levels in results.items():
+        style = {'label': labels.get(name), 'marker': 'o', 'markersize': 4}
         if name.endswith(NEVER):  # the control of the line before
-            style = {'linestyle': ':', 'color': axes.lines[-1].get_color()}
-        axes.plot(task.test_levels, [100 * share for share in shares.values()], marker='o',
-                  markersize=4, **style)
-    axes.plot(task.test_levels, [100 * task.chance(level) for level in task.test_levels],
+            style |= {'linestyle': ':', 'color': left.lines[-1].get_color()}
+        shares = [100 * level['accuracy'] for level in levels.values()]
+        line, = left.plot(task.test_levels, shares, **style)
+        if not name.endswith(NEVER):
+            size = np.mean([level['state_bytes'] for level in levels.values()])
+            right.plot(size, np.mean(shares), 'o', color=line.get_color())
+            right.annotate(labels[name], (size, np.mean(shares)), fontsize=8,
+                           xytext=(4, 4), textcoords='offset points')
+    left.plot(task.test_levels, [100 * task.chance(level) for level in task.test_levels],
               color='black', linestyle='--', label='chance')
-    axes.set_xscale('log', base=2)
-    axes.set_xticks(task.test_levels, task.test_levels)
-    axes.minorticks_off()
-    axes.set(xlabel=task.unit, ylabel='right answers, %', ylim=(-3, 103))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    left.set_xscale('log', base=2)
+    left.set_xticks(task.test_levels, task.test_levels)
+    left.minorticks_off()
+    left.set(xlabel=task.unit, ylabel='right answers, %', ylim=(-3, 103))
+    left.legend(fontsize=8)
+    right.set_xscale('log')
+    right.set(xlabel='bytes of state (mean over the levels)')
+    right.margins(x=0.25)
+    for axes in left, right:
+        axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
@@ -108,13 +128,15 @@ def main(argv):
     for reader in readers:
         for title, update_memory in memory_modes(reader).items():
             label = os.path.dirname(reader.path) + (NEVER if title == 'never written' else '')
-            results[label] = {level: accuracy(reader, name, level, config, update_memory)
-                              for level in task.test_levels}
-            print_row(label, results[label].values())
+            results[label] = {}
+            for level in task.test_levels:
+                share, size = measure(reader, name, level, config, update_memory)
+                results[label][level] = {'accuracy': share, 'state_bytes': size}
+            print_row(label, [level['accuracy'] for level in results[label].values()])
     print_row('chance', map(task.chance, task.test_levels))
     path, picture = (os.path.join(out_dirs[0], name + suffix) for suffix in ('.json', '.png'))
     save_json(path, {'config': asdict(config), 'models': models, 'task': name,
-                     'accuracy': results}, indent=1)
+                     'results': results}, indent=1)
     draw(results, task, picture)
     print(f"wrote {path} and {picture}")
     return 0

@@ -844,7 +844,7 @@ class TitansGPT(nn.Module):
         idx, targets (B, T), any T >= 1 -> logits, loss, state. With targets (-1 = ignored): logits
         (B, T, vocab) and their mean cross-entropy in nats. Without: logits of the last position
         (B, 1, vocab) and None. weights (B, T), with mean 1 over the data: how much each target
-        counts.
+        counts; then logits (N, vocab) are of the N targets with a weight above 0.
 
         state=None starts afresh; the returned state continues from here. update_memory=False reads
         the long-term memory and never writes it. begins {t: rows (B,) bool}: the rows in which
@@ -861,11 +861,14 @@ class TitansGPT(nn.Module):
         x = self.norm_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None, state
+        if weights is not None:
+            counted = weights > 0
+            x, targets, weights = x[counted], targets[counted], weights[counted]
         logits = self.lm_head(x)
-        loss = F.cross_entropy(kernels.wide(logits.flatten(0, 1)), targets.flatten(),
+        loss = F.cross_entropy(kernels.wide(logits.flatten(0, -2)), targets.flatten(),
                                ignore_index=-1, reduction='mean' if weights is None else 'none')
         if weights is not None:
-            loss = (loss * weights.flatten()).mean()
+            loss = (loss * weights).sum() / idx.numel()
         return logits, loss, state
 
     def written(self, state):

@@ -13,6 +13,8 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py talk              conversations with facts to remember (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
     python prepare.py parity            elements of a group and their product; also mod5, s3, s5
+    python prepare.py mqar              multi-query associative recall of Zoology
+    python prepare.py mad_recall        of MAD; also mad_noisy, mad_fuzzy, mad_copy, mad_memory
 
 --source=PATH reads from the disk instead of downloading: a file (shakespeare*) or a folder of
 .parquet or .jsonl files (openwebtext, fineweb_edu); stdlib and talk read another folder of Python
@@ -324,7 +326,8 @@ def code_lines(texts):
 def task(name, config):
     """Write rows of a task of tasks/rows.py; all levels are equally likely."""
     rows = TASKS[name]
-    with Writer(config.data_dir, name, Tokenizer({'kind': 'byte'}), rows.block_size + 1) as writer:
+    tokenizer = Tokenizer({'kind': 'ids', 'vocab_size': rows.vocab_size})
+    with Writer(config.data_dir, name, tokenizer, rows.block_size + 1) as writer:
         for split, rng in draws(name, config):
             writer.add(split, *rows.row(rng, int(rng.choice(rows.levels))))
 

@@ -51,6 +51,13 @@ def memory_modes(reader: 'Reader', update_memory: bool = True,
     return titles
 
 
+def state_bytes(state: TitansState) -> int:
+    """The bytes of a state for one row: memory with its momentum, keys and values, what a
+    convolution needs."""
+    tensors = [x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, torch.Tensor)]
+    return sum(x.nbytes // x.size(0) for x in tensors)
+
+
 class Reader:
     """The model and the tokenizer of a checkpoint."""
 

@@ -1,5 +1,6 @@
 """
-From text to token ids and back: bytes, characters, words of a list, or GPT-2's byte pairs.
+From text to token ids and back: bytes, characters, words of a list, GPT-2's byte pairs, or the ids
+themselves.
 """
 import codecs
 import collections
@@ -13,10 +14,11 @@ WORD = re.compile(rb' ?[A-Za-z]+| ?[0-9]|.', re.DOTALL)  # splits a text for the
 
 class Tokenizer:
     """
-    spec: {'kind': 'byte' | 'gpt2'}, {'kind': 'char', 'chars': '...'} or
-    {'kind': 'word', 'words': [...]}. These are plain types, so that a checkpoint can contain them.
-    A word is a run of letters or one digit, with the space before it. Words that are not in the
-    list are spelled in bytes, so any text can be encoded and decodes to itself.
+    spec: {'kind': 'byte' | 'gpt2'}, {'kind': 'char', 'chars': '...'},
+    {'kind': 'word', 'words': [...]} or {'kind': 'ids', 'vocab_size': n}. These are plain types, so
+    that a checkpoint can contain them. A word is a run of letters or one digit, with the space
+    before it. Words that are not in the list are spelled in bytes, so any text can be encoded and
+    decodes to itself. The text of ids is their numbers, each with a space before it.
     """
 
     def __init__(self, spec):
@@ -40,11 +42,16 @@ class Tokenizer:
         elif spec['kind'] == 'gpt2':
             self.bpe = gpt2_encoding()
             self.vocab_size = self.bpe.n_vocab
+        elif spec['kind'] == 'ids':
+            self.vocab_size = int(spec['vocab_size'])
         else:
-            raise UserError(f"tokenizer '{spec['kind']}' is not one of byte, char, word, gpt2")
+            raise UserError(f"tokenizer '{spec['kind']}' is not one of byte, char, word, gpt2, ids")
 
     def encode(self, text: str) -> list[int]:
-        """text -> list of ids. UserError if a char tokenizer does not have a character."""
+        """
+        text -> list of ids. UserError if a char tokenizer does not have a character, or if ids are
+        not numbers below vocab_size.
+        """
         if self.spec['kind'] == 'byte':
             return list(text.encode('utf-8', errors='surrogateescape'))
         if self.spec['kind'] == 'gpt2':
@@ -54,6 +61,11 @@ class Tokenizer:
             for word in WORD.findall(text.encode('utf-8', errors='surrogateescape')):
                 ids.extend([self.ids[word]] if word in self.ids else word)  # a byte is its own id
             return ids
+        if self.spec['kind'] == 'ids':
+            for word in text.split():
+                if not word.isdecimal() or int(word) >= self.vocab_size:
+                    raise UserError(f"{word:.20} is not a token id from 0 to {self.vocab_size - 1}")
+            return [int(word) for word in text.split()]
         for i, char in enumerate(text):
             if char not in self.ids:
                 raise UserError(f"the tokenizer lacks {char!r} (character {i + 1} of the text); it "
@@ -69,6 +81,8 @@ class Tokenizer:
             return self.chars[token].encode()
         if self.spec['kind'] == 'word':
             return self.words[token]
+        if self.spec['kind'] == 'ids':
+            return f' {token}'.encode()
         return self.bpe.decode_single_token_bytes(token)
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

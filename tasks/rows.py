@@ -5,7 +5,7 @@ Tasks whose rows are made up token by token, with weights that say which tokens 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tasks import recall, states
+from tasks import mad, mqar, recall, states
 
 
 class Task(NamedTuple):
@@ -15,6 +15,7 @@ class Task(NamedTuple):
     test_levels: tuple    # how hard the rows of the evaluation are
     unit: str             # what a level counts
     chance: Callable      # chance(level): the accuracy of a model that guesses
+    vocab_size: int = 256
 
 
 def state_tracking(group):
@@ -22,6 +23,24 @@ def state_tracking(group):
                 'tokens', lambda length: 1 / len(group.elements))
 
 
-TASKS = {'recall': Task(recall.recall_row, recall.LENGTH, recall.PAIRS, recall.PAIR_COUNTS, 'pairs',
-                        recall.chance),
-         **{name: state_tracking(group) for name, group in states.GROUPS.items()}}
+def chance_of(answers):
+    return lambda level: 1 / answers
+
+
+TASKS = {
+    'recall': Task(recall.recall_row, recall.LENGTH, recall.PAIRS, recall.PAIR_COUNTS, 'pairs',
+                   recall.chance),
+    **{name: state_tracking(group) for name, group in states.GROUPS.items()},
+    'mqar': Task(mqar.mqar_row, mqar.LENGTH, mqar.PAIRS, tuple(mqar.LENGTHS), 'pairs',
+                 recall.chance, mqar.VOCABULARY),
+    'mad_recall': Task(mad.recall_row, 127, (128,), (128, 256, 512, 1024), 'tokens',
+                       chance_of(len(mad.VALUES)), 16),
+    'mad_noisy': Task(mad.noisy_row, 127, (128,), (128, 256, 512, 1024), 'tokens',
+                      chance_of(len(mad.VALUES)), 32),
+    'mad_fuzzy': Task(mad.fuzzy_row, 127, (0,), (1, 2, 3), 'tokens a key',
+                      chance_of(len(mad.FUZZY_VALUES)), 16),
+    'mad_copy': Task(mad.copy_row, 255, (16,), (16, 32, 64, 96), 'tokens',
+                     chance_of(len(mad.SYMBOLS)), 16),
+    'mad_memory': Task(mad.memory_row, 31, (16,), (16,), 'pairs',
+                       chance_of(len(mad.MEMORY_VALUES)), 256),
+}
