@@ -14,12 +14,12 @@ window_len = 64
 
 block_size = 256
 batch_size = 64
-max_iters = 1220        # 20 million tokens
+max_iters = 305         # 5 million tokens
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 
-eval_interval = 122
+eval_interval = 61
 eval_iters = 8
 log_interval = 61
