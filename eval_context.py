@@ -1,10 +1,10 @@
 """
 Does a longer context help? The loss at each position of long documents, read with the memory as
-trained, with the memory never written, and by a second checkpoint. The state is carried through
-the whole document. The results are saved as context.json and context.png in out_dir.
+trained, with the memory never written, and by other checkpoints. The state is carried through the
+whole document. The results are saved as context.json and context.png in out_dir.
 
     python eval_context.py --out_dir=out/stdlib_cpu
-    python eval_context.py --out_dir=out/stdlib_cpu --baseline=out/stdlib_gpt --length=1048576
+    python eval_context.py --out_dir=out/stdlib_cpu --baseline=out/gpt,out/lmm --length=1048576
 
 All models read the same tokens: `rows` pieces of the data set's validation text, evenly spaced. If
 the text is shorter than rows x length tokens, the pieces overlap. Compare the curves with each
@@ -21,17 +21,17 @@ from tqdm import tqdm
 from nanotitans import configurator
 from nanotitans.configurator import Count, UserError, check_ranges
 from nanotitans.dataset import Dataset
-from nanotitans.figures import pyplot, save_figure, short_count
+from nanotitans.figures import pyplot, run_names, save_figure, short_count
 from nanotitans.files import save_json
 from nanotitans.reader import ReaderConfig, memory_modes
 
-BLOCK = 1024  # tokens of each document in one call of the model
+BLOCK = 256  # tokens of each document in one call of the model
 
 
 @dataclass
 class ContextConfig(ReaderConfig):
     out_dir: str = 'out/stdlib_cpu'
-    baseline: str = ''              # the out_dir of a second run, to compare with
+    baseline: str = ''              # the out_dirs of other runs to compare with, with commas between
     data_dir: str = 'data'          # the folder of the data sets
     dataset: str = 'stdlib'         # a prepared data set with the checkpoint's tokenizer
     length: int = 65536             # tokens of each document, a power of two; 1048576 is a million
@@ -64,7 +64,7 @@ def losses(reader, data, config, update_memory, bar):
 
 
 def octaves(means):
-    """[(first position, last position, mean loss)] for 0-1K, 1K-2K, 2K-4K, 4K-8K, ..."""
+    """[(first position, last position, mean loss)] for 0-256, 256-512, 512-1K, 1K-2K, ..."""
     edges = [0, *(2 ** i for i in range(int(math.log2(len(means))) + 1))]
     return [(a * BLOCK, b * BLOCK, sum(means[a:b]) / (b - a)) for a, b in itertools.pairwise(edges)]
 
@@ -95,8 +95,9 @@ def main(argv):
     titles = memory_modes(reader, config.update_memory)
     runs = {title: (reader, update_memory) for title, update_memory in titles.items()}
     if config.baseline:
-        name = os.path.basename(config.baseline.rstrip('/'))
-        runs[name] = config.open(config.baseline), True
+        out_dirs = [config.out_dir, *config.baseline.split(',')]
+        for name, out_dir in list(zip(run_names(out_dirs), out_dirs, strict=True))[1:]:
+            runs[name] = config.open(out_dir), True
     for r, _ in runs.values():
         if r.content['tokenizer'] != data.tokenizer:
             raise UserError(f"{r.path} has another tokenizer than data set '{config.dataset}'; "

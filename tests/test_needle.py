@@ -354,11 +354,12 @@ def measure_context(*argv):
 
 def test_context_curve_is_the_mean_loss_of_its_positions(workspace):
     pytest.importorskip('matplotlib')
-    assert measure_context('--length=2048', '--rows=3') == 0
+    assert measure_context('--length=2048', '--rows=3', '--baseline=out/byte/,out/byte') == 0
     with open('out/byte/context.json') as f:
         content = json.load(f)
     assert content['config']['rows'] == 3 and content['models']['memory']['dtype'] == 'float32'
-    assert set(content['loss']) == {'memory', 'never written'}
+    assert set(content['loss']) == {'memory', 'never written', 'byte'}
+    assert content['loss']['byte'] == content['loss']['memory']
     assert os.path.getsize('out/byte/context.png') > 5000
     reader, data = Reader('out/byte/ckpt.pt', 'cpu', 'float32'), Dataset('data', 'text')
     last = data.tokens['val'] - 2049
@@ -366,10 +367,10 @@ def test_context_curve_is_the_mean_loss_of_its_positions(workspace):
     with torch.no_grad():
         logits, _, _ = reader.model(block[:, :-1], block[:, 1:])
     ce = torch.nn.functional.cross_entropy(logits.mT, block[:, 1:], reduction='none')
-    want = [half.mean().item() for half in ce.split(1024, dim=1)]
+    want = [half.mean().item() for half in ce.split(256, dim=1)]
     assert content['loss']['memory'] == pytest.approx(want, abs=1e-5)
     assert [(a, b) for a, b, _ in eval_context.octaves([1.0] * 8)] == [
-        (0, 1024), (1024, 2048), (2048, 4096), (4096, 8192)]
+        (0, 256), (256, 512), (512, 1024), (1024, 2048)]
 
 
 @pytest.mark.parametrize('flag, words', [

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Where does a memory begin to pay? Models that read on through the text, a window of 64 without a memory,
+# and a Transformer that sees 1,024 bytes; loss against position up to 64K. 40 minutes on one core.
+source "$(dirname "$0")/common.sh"
+
+CARRY='--carry_state --block_size=256 --batch_size=4 --max_iters=1200'
+MODELS="lmm         $CARRY --arch=lmm --n_embd=148
+gated-delta $CARRY --arch=lmm --n_embd=148 --memory_rule=gated_delta
+mac         $CARRY --arch=mac
+mag-conv    $CARRY --arch=mag --attn_conv=4
+window-conv $CARRY --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
+gpt-conv    --block_size=1024 --batch_size=1 --max_iters=1200 --arch=gpt --n_embd=152 --attn_conv=4"
+
+run prepare.py stdlib
+baselines=()
+while read -r name options; do
+  # shellcheck disable=SC2086  # the options are words
+  run train.py config/compare_cpu.py --init_from=auto:scratch --eval_interval=300 --out_dir="out/context/$name" $options
+  [[ $name == lmm ]] || baselines+=("out/context/$name")
+done <<< "$MODELS"
+run eval_context.py --out_dir=out/context/lmm --baseline="$(IFS=,; echo "${baselines[*]}")" --length=65536 --rows=8
+run plot.py --x=hours out/context/*/
