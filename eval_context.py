@@ -31,7 +31,7 @@ BLOCK = 256  # tokens of each document in one call of the model
 @dataclass
 class ContextConfig(ReaderConfig):
     out_dir: str = 'out/stdlib_cpu'
-    baseline: str = ''              # the out_dirs of other runs to compare with, with commas between
+    baseline: str = ''              # out_dirs of other runs to compare with, commas between
     data_dir: str = 'data'          # the folder of the data sets
     dataset: str = 'stdlib'         # a prepared data set with the checkpoint's tokenizer
     length: int = 65536             # tokens of each document, a power of two; 1048576 is a million

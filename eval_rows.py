@@ -113,8 +113,13 @@ def draw(results, task, path):
     save_figure(figure, path)
 
 
-def print_row(title, shares):
-    print(title.ljust(40) + ''.join(f'{100 * share:11.1f}' for share in shares), flush=True)
+def print_row(title, cells, task):
+    width = len(task.unit) + 6
+    print(title.ljust(40) + ''.join(cell.rjust(width) for cell in cells), flush=True)
+
+
+def percent(shares):
+    return [f'{100 * share:.1f}' for share in shares]
 
 
 def main(argv):
@@ -123,7 +128,7 @@ def main(argv):
     readers = [config.open(out_dir) for out_dir in out_dirs]
     name = task_of(readers)
     task = TASKS[name]
-    print('right answers, %'.ljust(40) + ''.join(f'{n:>4} {task.unit}' for n in task.test_levels))
+    print_row('right answers, %', [f'{level} {task.unit}' for level in task.test_levels], task)
     results, models = {}, [reader.about() for reader in readers]
     for reader in readers:
         for title, update_memory in memory_modes(reader).items():
@@ -132,8 +137,9 @@ def main(argv):
             for level in task.test_levels:
                 share, size = measure(reader, name, level, config, update_memory)
                 results[label][level] = {'accuracy': share, 'state_bytes': size}
-            print_row(label, [level['accuracy'] for level in results[label].values()])
-    print_row('chance', map(task.chance, task.test_levels))
+            shares = [level['accuracy'] for level in results[label].values()]
+            print_row(label, percent(shares), task)
+    print_row('chance', percent(map(task.chance, task.test_levels)), task)
     path, picture = (os.path.join(out_dirs[0], name + suffix) for suffix in ('.json', '.png'))
     save_json(path, {'config': asdict(config), 'models': models, 'task': name,
                      'results': results}, indent=1)
