@@ -329,7 +329,8 @@ def task(name, config):
     tokenizer = Tokenizer({'kind': 'ids', 'vocab_size': rows.vocab_size})
     with Writer(config.data_dir, name, tokenizer, rows.block_size + 1) as writer:
         for split, rng in draws(name, config):
-            writer.add(split, *rows.row(rng, int(rng.choice(rows.levels))))
+            ids, weights = rows.row(rng, int(rng.choice(rows.levels)))
+            writer.add(split, ids, np.ones_like(weights) if rows.all_tokens else weights)
 
 
 @functools.cache

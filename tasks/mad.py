@@ -10,7 +10,8 @@ its own.
     memory        k v k' v' ...          which value belongs to a key is the same in all rows
 
 Answers are the values of keys that occurred before in the row (in memory: all values; in copy: the
-16 tokens). Only they count in the loss; the authors train on all tokens. An answer stands in the
+16 tokens). In recall, noisy and fuzzy all tokens are trained on, also those that no model can know;
+only answers are evaluated. An answer stands in the
 row after its question, as in a text; in the authors' rows of copy and memory a blank stands there.
 In memory no key occurs twice in a row, so a row does not tell an answer.
 """

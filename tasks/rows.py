@@ -16,6 +16,7 @@ class Task(NamedTuple):
     unit: str             # what a level counts
     chance: Callable      # chance(level): the accuracy of a model that guesses
     vocab_size: int = 256
+    all_tokens: bool = False  # training counts every token; the evaluation counts the answers
 
 
 def state_tracking(group):
@@ -34,11 +35,11 @@ TASKS = {
     'mqar': Task(mqar.mqar_row, mqar.LENGTH, mqar.PAIRS, tuple(mqar.LENGTHS), 'pairs',
                  recall.chance, mqar.VOCABULARY),
     'mad_recall': Task(mad.recall_row, 127, (128,), (128, 256, 512, 1024), 'tokens',
-                       chance_of(len(mad.VALUES)), 16),
+                       chance_of(len(mad.VALUES)), 16, all_tokens=True),
     'mad_noisy': Task(mad.noisy_row, 127, (128,), (128, 256, 512, 1024), 'tokens',
-                      chance_of(len(mad.VALUES)), 32),
+                      chance_of(len(mad.VALUES)), 32, all_tokens=True),
     'mad_fuzzy': Task(mad.fuzzy_row, 127, (0,), (1, 2, 3), 'tokens a key',
-                      chance_of(len(mad.FUZZY_VALUES)), 16),
+                      chance_of(len(mad.FUZZY_VALUES)), 16, all_tokens=True),
     'mad_copy': Task(mad.copy_row, 255, (16,), (16, 32, 64, 96), 'tokens',
                      chance_of(len(mad.SYMBOLS)), 16),
     'mad_memory': Task(mad.memory_row, 31, (16,), (16,), 'pairs',

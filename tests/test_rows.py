@@ -148,6 +148,14 @@ def test_no_validation_row_is_a_training_row(name, tmp_path):
     assert len(rows['val']) > 2 and not rows['train'] & rows['val']
 
 
+@pytest.mark.parametrize('name, counted', [('mad_fuzzy', True), ('mad_copy', False)])
+def test_training_counts_all_tokens_of_some_tasks(name, counted, tmp_path):
+    prepare.main([name, '--rows=16', f'--data_dir={tmp_path}'])
+    data, rng = Dataset(str(tmp_path), name), np.random.default_rng(0)
+    batch = data.random('train', 4, TASKS[name].block_size, rng)
+    assert (batch.weights == 1).all() == counted
+
+
 def test_results_are_printed_drawn_and_saved(tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
