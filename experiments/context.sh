@@ -15,7 +15,7 @@ run prepare.py stdlib
 baselines=()
 while read -r name options; do
   # shellcheck disable=SC2086  # the options are words
-  run train.py config/compare_cpu.py --init_from=auto:scratch --eval_interval=300 --out_dir="out/context/$name" $options
+  run train.py config/compare_cpu.py --init_from=auto --eval_interval=300 --out_dir="out/context/$name" $options
   [[ $name == lmm ]] || baselines+=("out/context/$name")
 done <<< "$MODELS"
 run eval_context.py --out_dir=out/context/lmm --baseline="$(IFS=,; echo "${baselines[*]}")" --length=65536 --rows=8

@@ -15,7 +15,7 @@ mad() {  # task, rows, tokens of a row
   while read -r name options; do
     for seed in ${SEEDS:-1}; do
       # shellcheck disable=SC2086  # the options are words
-      run train.py config/mad_cpu.py --init_from=auto:scratch --dataset="mad_$1" --block_size=$(($3 - 1)) \
+      run train.py config/mad_cpu.py --init_from=auto --dataset="mad_$1" --block_size=$(($3 - 1)) \
         --out_dir="out/mad/$1/$name-$seed" --seed="$seed" $options
     done
   done <<< "$MODELS"

@@ -23,7 +23,7 @@ for seed in ${SEEDS:-1}; do
   while read -r name options; do
     for rate in ${RATES:-1e-2 2e-2}; do
       # shellcheck disable=SC2086  # the options are words
-      run train.py config/mqar_cpu.py --init_from=auto:scratch --out_dir="out/mqar/$name-$rate-$seed" --seed="$seed" \
+      run train.py config/mqar_cpu.py --init_from=auto --out_dir="out/mqar/$name-$rate-$seed" --seed="$seed" \
         --learning_rate="$rate" $options
     done
   done <<< "$MODELS"
