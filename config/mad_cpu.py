@@ -15,12 +15,12 @@ window_len = 32
 
 block_size = 127
 batch_size = 64
-max_iters = 600
-warmup_iters = 50
+max_iters = 300
+warmup_iters = 30
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 
-eval_interval = 200
+eval_interval = 75
 eval_iters = 8
 log_interval = 50
