@@ -49,8 +49,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """
-        text -> list of ids. UserError if a char tokenizer does not have a character, or if ids are
-        not numbers below vocab_size.
+        text -> list of ids. UserError if a char tokenizer does not have a character, or if a text
+        of ids has anything but numbers below vocab_size.
         """
         if self.spec['kind'] == 'byte':
             return list(text.encode('utf-8', errors='surrogateescape'))
@@ -62,9 +62,10 @@ class Tokenizer:
                 ids.extend([self.ids[word]] if word in self.ids else word)  # a byte is its own id
             return ids
         if self.spec['kind'] == 'ids':
-            for word in text.split():
+            for word in text.split() or [text]:
                 if not word.isdecimal() or int(word) >= self.vocab_size:
-                    raise UserError(f"{word:.20} is not a token id from 0 to {self.vocab_size - 1}")
+                    raise UserError(f"{word[:20]!r} is not a token id: this model reads numbers "
+                                    f"from 0 to {self.vocab_size - 1} with spaces between")
             return [int(word) for word in text.split()]
         for i, char in enumerate(text):
             if char not in self.ids:

@@ -355,6 +355,14 @@ def test_a_character_that_a_tokenizer_lacks_is_named():
     assert "lacks 'x' (character 3 of the text); it knows 'ab'" in message
 
 
+def test_token_ids_are_numbers_of_the_vocabulary():
+    tokenizer = Tokenizer({'kind': 'ids', 'vocab_size': 300})
+    assert tokenizer.encode('5 299\n0') == [5, 299, 0] and tokenizer.decode([5, 299]) == ' 5 299'
+    for text, wrong in ('5 300', '300'), ('-1', '-1'), ('5 x', 'x'), ('\n', r'\n'):
+        message = refused(lambda argv: tokenizer.encode(*argv), text)
+        assert f"'{wrong}' is not a token id: this model reads numbers from 0 to 299" in message
+
+
 def test_tokenizers_stream_whole_characters():
     tokenizer = Tokenizer({'kind': 'byte'})
     parts = list(tokenizer.decode_stream('aé€'.encode()))
