@@ -349,6 +349,25 @@ def test_every_parameter_gets_a_gradient(variant):
     assert sum(len(g['params']) for g in groups) == len(list(model.parameters()))
 
 
+def test_weighted_loss_is_the_mean_of_weighted_losses():
+    """Targets without a weight have no logits; a batch without any weight has no gradient."""
+    model, idx, targets = build(), tokens(2, 20), tokens(2, 20, 2)
+    targets[0, 3] = -1
+    weights = torch.tensor([0.0, 0.5, 3.0, 0.0], dtype=torch.float64).tile(2, 5)
+    full = model(idx, targets)[0]
+    losses = torch.nn.functional.cross_entropy(full.mT, targets, reduction='none', ignore_index=-1)
+    logits, loss, _ = model(idx, targets, weights=weights)
+    assert_close(logits, full[weights > 0], **EXACT)
+    assert_close(loss, (losses * weights).sum() / 40, **EXACT)
+    parameters = list(model.parameters())
+    want = torch.autograd.grad((losses * weights).sum() / 40, parameters)
+    for gradient, other in zip(torch.autograd.grad(loss, parameters), want, strict=True):
+        assert_close(gradient, other, **EXACT)
+    logits, loss, _ = model(idx, targets, weights=0 * weights)
+    assert logits.shape == (0, 17) and loss.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, parameters))
+
+
 @variants('gpt', 'mac deep')
 def test_ignored_targets_and_last_logits(variant):
     model, idx = build(variant), tokens(2, 11)
