@@ -11,12 +11,16 @@ mag-conv    $CARRY --arch=mag --attn_conv=4
 window-conv $CARRY --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
 gpt-conv    --block_size=1024 --batch_size=1 --max_iters=1200 --arch=gpt --n_embd=152 --attn_conv=4"
 
-run prepare.py stdlib
+# another text: DATASET=shakespeare_char, prepared before
+data=${DATASET:-stdlib}
+[[ $data == stdlib ]] && run prepare.py stdlib
 baselines=()
 while read -r name options; do
   # shellcheck disable=SC2086  # the options are words
-  run train.py config/compare_cpu.py --init_from=auto --eval_interval=300 --out_dir="out/context/$name" $options
-  [[ $name == lmm ]] || baselines+=("out/context/$name")
+  run train.py config/compare_cpu.py --init_from=auto --eval_interval=300 --dataset="$data" \
+    --out_dir="out/context/$data/$name" $options
+  [[ $name == lmm ]] || baselines+=("out/context/$data/$name")
 done <<< "$MODELS"
-run eval_context.py --out_dir=out/context/lmm --baseline="$(IFS=,; echo "${baselines[*]}")" --length=65536 --rows=8
-run plot.py --x=hours out/context/*/
+run eval_context.py --out_dir="out/context/$data/lmm" --baseline="$(IFS=,; echo "${baselines[*]}")" --dataset="$data" \
+  --length=65536 --rows="${ROWS:-8}"
+run plot.py --x=hours "out/context/$data"/*/
