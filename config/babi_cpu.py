@@ -1,0 +1,29 @@
+# Stories in haystacks (generated bAbI) on a CPU: docs/results/babi.md has what it then answers.
+out_dir = 'out/babi_cpu'
+dataset = 'babi'
+
+n_layer = 2
+n_head = 4
+n_embd = 96
+tie_weights = False
+memory_heads = 1
+memory_conv = 8
+segment_len = 64
+window_len = 64
+memory_gates = 'hard'   # can be exactly 0; the costs below close them for useless tokens
+memory_decay = 0.0
+
+block_size = 256
+batch_size = 8
+max_iters = 6000
+warmup_iters = 50
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+write_cost = 1.0        # nats per unit of mean theta
+forget_cost = 200.0     # nats per unit of mean alpha, which is far smaller than theta
+cost_from = 0.4         # if the costs begin before the model can recall, the gates stay closed
+
+eval_interval = 600
+eval_iters = 10
+log_interval = 50
