@@ -11,13 +11,17 @@ qa1 needs one fact, qa2 two, qa3 three. People walk about, and take and drop obj
 is held goes where its holder goes. Facts stand in their order between the sentences of a haystack.
 `prepare.py babi` makes training rows and an evaluation set; `eval_babi.py` evaluates a model.
 """
+import collections
+import re
+
 import numpy as np
 
 from nanotitans.seeds import generator
 
 PLACES = """bathroom bedroom garden hallway kitchen office attic cellar garage park school
 station""".split()
-OBJECTS = """football apple milk camera coat drum hammer lamp mirror pillow towel umbrella""".split()
+OBJECTS = """apple camera coat drum football hammer lamp milk mirror pillow towel
+umbrella""".split()
 PEOPLE = """Mary John Sandra Daniel Alice Bruno Carla Emma Felix Greta Henry Irene Ivan Julie Karl
 Laura Oscar Paula Peter Rosa Simon Tina Victor Nina""".split()
 MOVE = ('went to', 'moved to', 'journeyed to', 'travelled to', 'went back to')
@@ -117,11 +121,12 @@ class World:
 
 def evaluation_set(seed, samples=200):
     """
-    -> samples, as text. A sample has 'facts' [sentence, depth in [0, 1]], 'questions' {task:
-    [question, answer, whether it is about a new pair]}, and 'place', which picks the part of the
-    text that is its haystack.
+    -> {'stories': samples}, as text. A sample has 'facts' [sentence, depth in [0, 1]], 'questions'
+    {task: [question, answer, whether it is about a new pair]}, and 'place', which picks the part of
+    the text that is its haystack.
     """
-    return [evaluation_sample(generator('babi evaluation', seed, i)) for i in range(samples)]
+    rngs = (generator('babi evaluation', seed, i) for i in range(samples))
+    return {'stories': [evaluation_sample(rng) for rng in rngs]}
 
 
 def evaluation_sample(rng):
@@ -137,6 +142,24 @@ def evaluation_sample(rng):
             depths = np.sort(rng.random(FACTS)).tolist()
             return {'facts': list(zip(facts, depths, strict=True)), 'questions': questions,
                     'place': float(rng.random())}
+
+
+def guess(samples):
+    """
+    How often an answer is what can be guessed without reading the question: the place that is told
+    last, or most often. -> {task: the larger of the two shares}
+    """
+    shares = {}
+    for task in TASKS:
+        hits = []
+        for sample in samples:
+            told = [word for fact, _ in sample['facts'] for word in re.findall(r'\w+', fact)
+                    if word in PLACES]
+            most, _ = collections.Counter(told).most_common(1)[0]
+            hits += [(answer == told[-1], answer == most)
+                     for _, answer, _ in sample['questions'][task]]
+        shares[task] = float(np.mean(hits, 0).max())
+    return shares
 
 
 def cast(rng, people, objects):
