@@ -67,17 +67,17 @@ class PrepareConfig:
     train_path: str = ''            # text: the training file
     val_path: str = ''              # text: validation file; '' = last tenth of the training file
     name: str = 'text'              # text: write to data/NAME/, but never over another text
-    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2) and talk
+    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2), talk, babi
     check: bool = False             # only compare an existing data set with its checksums
     num_proc: Natural = 0           # openwebtext, fineweb_edu: encoding processes; 0 = one per core
     subset: str = 'sample-10BT'     # fineweb_edu: its configuration on the hub
     documents: Natural = 0          # openwebtext, fineweb_edu: number of documents; 0 = all
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
-    haystack: str = ''              # needle, talk: data set or file; '' = Python language reference
-    block_size: RowLength = 256     # needle, talk: tokens of a row, and one more as last target
-    rows: Annotated[int, Range(16)] = 32768  # needle, talk, tasks: rows, plus 1/16 for validation
-    words: int = 768                # needle, talk: words in the vocabulary; bytes spell the others
-    seed: Natural = 1337            # needle, talk, tasks: random seed of the rows
+    haystack: str = ''              # needle, talk, babi: data set or file; '' = Python's reference
+    block_size: RowLength = 256     # needle, talk, babi: tokens of a row, without the last target
+    rows: Annotated[int, Range(16)] = 32768  # tasks: rows, plus 1/16 for validation
+    words: int = 768                # needle, talk, babi: words that are one token; others are spelled
+    seed: Natural = 1337            # tasks: random seed of the rows
 
     def __post_init__(self):
         check_ranges(self)
@@ -453,7 +453,7 @@ def open_stream(datasets, source, where):
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu,
                                    text, needle, talk, babi)}
 CORPORA |= {name: functools.partial(task, name) for name in TASKS}
-OF_WORDS = ('needle', 'talk', 'babi')  # tasks of words, in a haystack
+OF_WORDS = ('needle', 'talk', 'babi')
 
 
 def main(argv):

@@ -2,20 +2,19 @@
 out_dir = 'out/babi_cpu'
 dataset = 'babi'
 
-n_layer = 2
-n_head = 4
+arch = 'lmm'
+n_layer = 3             # one memory finds who has the football, the next where that person is
+n_head = 4              # of the Transformer, --arch=gpt
 n_embd = 96
 tie_weights = False
 memory_heads = 1
-memory_conv = 8
-segment_len = 64
-window_len = 64
+memory_conv = 8         # covers a fact
 memory_gates = 'hard'   # can be exactly 0; the costs below close them for useless tokens
 memory_decay = 0.0
 
 block_size = 256
 batch_size = 8
-max_iters = 6000
+max_iters = 3600
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
