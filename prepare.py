@@ -76,7 +76,7 @@ class PrepareConfig:
     haystack: str = ''              # needle, talk, babi: data set or file; '' = Python's reference
     block_size: RowLength = 256     # needle, talk, babi: tokens of a row, without the last target
     rows: Annotated[int, Range(16)] = 32768  # tasks: rows, plus 1/16 for validation
-    words: int = 768                # needle, talk, babi: words that are one token; others are spelled
+    words: int = 768                # needle, talk, babi: words with a token; others are spelled
     seed: Natural = 1337            # tasks: random seed of the rows
 
     def __post_init__(self):

@@ -14,7 +14,7 @@ memory_decay = 0.0
 
 block_size = 256
 batch_size = 8
-max_iters = 3600
+max_iters = 3200
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
