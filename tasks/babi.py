@@ -31,8 +31,8 @@ TASKS = {'qa1': 'Where is {}? In the', 'qa2': 'Where is the {}? In the',
          'qa3': 'Where was the {} before the {}? In the'}
 # training rows also ask for what qa2 and qa3 are made of
 STEPS = {'who': 'Who took the {}? It was', 'before': 'Where was {} before the {}? In the'}
-FACTS = 16                             # of a story of the evaluation
-ASKED = {'qa1': 3, 'qa2': 2, 'qa3': 2}  # questions about it
+FACTS = 20                             # of a story of the evaluation
+ASKED = {'qa1': 4, 'qa2': 3, 'qa3': 3}  # questions about it
 
 
 def vocabulary():

@@ -148,27 +148,29 @@ def test_the_haystack_and_a_guess_do_not_give_the_answer(folder):
 
 
 class Solver(torch.nn.Module):
-    """A perfect model if it may write: it reads all facts and looks the answer up."""
+    """A perfect model: it keeps what it reads while it may write, and looks the answer up in it."""
 
     def __init__(self, reader):
         super().__init__()
-        self.config, self.tokenizer, self.lengths = reader.model.config, reader.tokenizer, []
+        self.config, self.tokenizer = reader.model.config, reader.tokenizer
+        self.asked = []  # for each question the tokens before its answer, and whether it may write
 
     def forward(self, idx, state=None, update_memory=True):
         read = idx if state is None else torch.cat((state, idx), dim=1)
         logits = torch.zeros(idx.size(0), 1, self.config.vocab_size)
         for row, ids in enumerate(read.tolist()):
             text = self.tokenizer.decode(ids)
-            if update_memory and text.endswith(' In the'):
+            if text.endswith(' In the'):
+                self.asked.append((len(ids), update_memory))
                 m = ASKED.search(text[text.rindex(' Where'):] + ' nowhere.')
-                logits[row, 0, self.tokenizer.encode(' ' + solve(text, *m.groups()[:5]))[0]] = 1
-                self.lengths.append(len(ids))
-        return logits, None, read
+                answer = solve(text, *m.groups()[:5]) if FACT.search(text) else 'nowhere'
+                logits[row, 0, self.tokenizer.encode(f' {answer}')[0]] = 1
+        return logits, None, read if update_memory else torch.zeros_like(read)
 
 
 def evaluate(folder, *argv):
     return eval_babi.main([f'--out_dir={folder}/mac', f'--data_dir={folder}', '--device=cpu',
-                           '--lengths=130,3000', '--samples=3', *argv])
+                           '--lengths=170,3000', '--samples=3', *argv])
 
 
 def saved(folder):
@@ -195,16 +197,19 @@ def test_a_perfect_model_scores_100_and_without_writing_0(results, monkeypatch, 
     assert evaluate(results, f'--baseline={results}/gpt') == 0
     cells = saved(results)['cells']
     assert [(c['length'], c['model']) for c in cells] == [
-        (n, name) for n in (130, 3000) for name in ('memory', 'never written', 'baseline')]
+        (n, name) for n in (170, 3000) for name in ('memory', 'never written', 'baseline')]
     for cell in cells:
         share = float(cell['model'] != 'never written')
         assert {task: (s['asked'], s['accuracy']) for task, s in cell['tasks'].items()} == {
             task: (3 * asked, share) for task, asked in babi.ASKED.items()}
         new = cell['tasks']['qa3']['new_pairs']
-        assert new['right'] == share * new['asked'] and 0 < new['asked'] < 6
-    assert {max(s.lengths) for s in solvers} == {2999} and min(solvers[0].lengths) > 120
+        assert new['right'] == share * new['asked'] and 0 < new['asked'] < 9
+    memory, baseline = (sorted(solver.asked) for solver in solvers)
+    assert memory[-1] == (2999, True) and memory[0][0] > 160
+    assert [n for n, write in memory if write] == [n for n, write in memory if not write]
+    assert [question for question in memory if question[1]] == baseline
     out = capsys.readouterr().out
-    assert 'qa1  memory           130 100.0%   3000 100.0%' in out and 'never written' in out
+    assert 'qa1  memory           170 100.0%   3000 100.0%' in out and 'never written' in out
     assert (results / 'mac' / 'babi.png').read_bytes()[:4] == b'\x89PNG'
 
 
@@ -212,14 +217,22 @@ def test_a_perfect_model_scores_100_and_without_writing_0(results, monkeypatch, 
 def test_a_streamed_answer_is_that_of_the_text_read_at_once(folder):
     reader = Reader(str(folder / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     asker = eval_babi.Asker(reader, Evaluation(str(folder / 'babi')))
+    ends = {np.concatenate(list(asker.text(sample, 2500)))[-1]: sample
+            for sample in asker.samples[:50]}
+    samples = list(ends.values())[:2]  # two texts that do not end with the same token
+    questions = [(np.concatenate(list(asker.text(sample, 2500))), *question)
+                 for sample in samples for question in sample['questions']]
+    logits = []
+    reader.model.register_forward_hook(lambda model, args, out: logits.append(out[0]))
     for update_memory in True, False:
-        found = iter(list(asker.answers(asker.samples[:2], 2500, update_memory, lambda n: None)))
-        for sample in asker.samples[:2]:
-            text = np.concatenate(list(asker.text(sample, 2500)))
-            for task, ask, answer, new in sample['questions']:
-                idx = torch.tensor([[*text, *ask]])
-                best = reader.model(idx, update_memory=update_memory)[0].argmax().item()
-                assert next(found) == (task, best == answer[0], new)
+        found = list(asker.answers(samples, 2500, update_memory, lambda tokens: None))
+        streamed = logits[-len(questions):]
+        for (text, task, ask, answer, new), got, row in zip(questions, streamed, found,
+                                                            strict=True):
+            idx = torch.tensor([[*text, *ask]])
+            want = reader.model(idx, update_memory=update_memory)[0]
+            assert torch.allclose(got, want, atol=1e-6)
+            assert row == (task, want.argmax().item() == answer[0], new)
 
 
 def test_ctrl_c_keeps_finished_cells(results, monkeypatch, capsys):
