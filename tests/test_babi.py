@@ -217,9 +217,7 @@ def test_a_perfect_model_scores_100_and_without_writing_0(results, monkeypatch, 
 def test_a_streamed_answer_is_that_of_the_text_read_at_once(folder):
     reader = Reader(str(folder / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     asker = eval_babi.Asker(reader, Evaluation(str(folder / 'babi')))
-    ends = {np.concatenate(list(asker.text(sample, 2500)))[-1]: sample
-            for sample in asker.samples[:50]}
-    samples = list(ends.values())[:2]  # two texts that do not end with the same token
+    samples = asker.samples[:2]
     questions = [(np.concatenate(list(asker.text(sample, 2500))), *question)
                  for sample in samples for question in sample['questions']]
     logits = []
