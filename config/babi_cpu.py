@@ -14,14 +14,14 @@ memory_decay = 0.0
 
 block_size = 256
 batch_size = 8
-max_iters = 3200
+max_iters = 4000
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
 beta2 = 0.99
 write_cost = 1.0        # nats per unit of mean theta
 forget_cost = 200.0     # nats per unit of mean alpha, which is far smaller than theta
-cost_from = 0.4         # if the costs begin before the model can recall, the gates stay closed
+cost_from = 0.55        # if the costs begin before the model can recall, the gates stay closed
 
 eval_interval = 600
 eval_iters = 10

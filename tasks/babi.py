@@ -174,20 +174,23 @@ def cast(rng, people, objects):
 # weights in the training loss; every other token has weight 1
 ANSWER_WEIGHT = 500
 QUESTION_WEIGHT = 8
+MIX = ('qa1', 'qa2', 'qa2', 'qa3', 'who', 'before')  # qa2 is learned last
 
 
 def training_row(rng, tokenizer, haystack, length):
     """
-    Draw a row of `length` tokens: a story with questions in between, in a haystack.
+    Draw a row of `length` tokens: a story in a haystack, with questions in between or, in half of
+    the rows, all of them after the facts, which then go on for as long as in the evaluation.
     -> ids (length,), weights (length,): how much each token counts as a target
     """
-    world = World(rng, *cast(rng, rng.integers(2, 6), rng.integers(1, 5)), new_pairs=False)
     room, events, said = length * rng.uniform(0.5, 0.95), [], set()
+    late, room_of_questions = rng.integers(2), room * rng.uniform(0.3, 0.6)
+    people, objects = (4, 4) if late else (rng.integers(2, 6), rng.integers(1, 5))
+    world = World(rng, *cast(rng, people, objects), new_pairs=False)
     while True:
         asked = None
-        if rng.random() < 0.4:
-            found = [q for q in world.questions(str(rng.choice([*TASKS, *STEPS])))
-                     if q[:2] not in said]
+        if rng.random() < (room < room_of_questions if late else 0.4):
+            found = [q for q in world.questions(world.pick(MIX)) if q[:2] not in said]
             asked = world.pick(found)[:2] if found else None
         if asked:
             said.add(asked)
