@@ -136,11 +136,13 @@ def draw(cells, titles, chances, path):
 
 
 def print_table(cells, titles, chances):
-    """A line for each task and model: the accuracy at each length, then of the best guess."""
+    """Two lines for each task and model: the accuracy at each length, on all and on new pairs."""
     for task, name in itertools.product(TASKS, titles):
-        shares = (f"{short_count(c['length'])} {100 * c['tasks'][task]['accuracy']:5.1f}%   "
-                  for c in cells if c['model'] == name)
-        print(f"{task:<4} {titles[name]:<16} {''.join(shares)}".rstrip())
+        scores = [(short_count(c['length']), c['tasks'][task]) for c in cells if c['model'] == name]
+        new = [(n, score['new_pairs']) for n, score in scores]
+        for title, parts in (titles[name], scores), ('  new pairs', new):
+            shares = (f"{n} {100 * s['right'] / max(s['asked'], 1):5.1f}%   " for n, s in parts)
+            print(f"{task:<4} {title:<16} {''.join(shares)}".rstrip())
     print("the best guess without the question: "
           + ', '.join(f'{task} {share:.1%}' for task, share in chances.items()))
 

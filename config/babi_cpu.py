@@ -1,4 +1,6 @@
-# Stories in haystacks (generated bAbI) on a CPU: docs/results/babi.md has what it then answers.
+# Stories in haystacks (generated bAbI) on a CPU: docs/results/babi.md has what it then answers. A
+# second command closes the gates on what is still written of other text:
+#   python train.py config/babi_cpu.py --init_from=resume --max_iters=4800 --write_cost=10
 out_dir = 'out/babi_cpu'
 dataset = 'babi'
 
