@@ -16,13 +16,10 @@ A cell of the map is one task, length, depth and model. Cells that needle.json a
 computed again, so Ctrl-C loses only the unfinished cell. Each dtype and each kind of device has its
 own cells.
 """
-import hashlib
 import itertools
-import json
 import math
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -31,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 from nanotitans import configurator
+from nanotitans.cells import Evaluation, Results, interval
 from nanotitans.configurator import Count, UserError, check_ranges, parse_numbers
 from nanotitans.figures import pyplot, save_figure, short_count
-from nanotitans.files import save_json
 from nanotitans.peak import peak_bytes
-from nanotitans.reader import ReaderConfig, memory_modes
+from nanotitans.reader import ReaderConfig, blocks, memory_modes
 from tasks.needle import NEEDLE, NOISE, TASKS, Haystack, question
 
 PIECE = 1024  # tokens of each sample read in one call
@@ -73,25 +70,6 @@ class NeedleConfig(ReaderConfig):
             if self.flat < 8192:
                 raise ValueError(f"flat={self.flat} must be at least 8192 tokens: it is compared "
                                  "with 4096")
-
-
-class Evaluation:
-    """The evaluation set that prepare.py wrote: haystack, needles and questions as text."""
-
-    def __init__(self, folder):
-        remedy = "; run: python prepare.py needle"
-        try:
-            with open(os.path.join(folder, 'eval.json'), encoding='utf-8') as f:
-                content = f.read()
-            self.samples, self.text = (json.loads(content)[key] for key in ('samples', 'haystack'))
-            if not (isinstance(self.text, str) and self.samples
-                    and all(isinstance(samples, list) for samples in self.samples.values())):
-                raise ValueError
-        except OSError:
-            raise UserError(f"{folder}: no evaluation set here{remedy}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder}/eval.json is damaged{remedy}") from None
-        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
 
 class Asker:
@@ -132,20 +110,14 @@ class Asker:
         return max(s['answer'] for s in self.samples[task])
 
     def prompt(self, task, sample, length, depth):
-        """Yield a context up to its answer in blocks of PIECE tokens; the last is never empty."""
+        """-> a context up to its answer, in blocks of PIECE tokens"""
         haystack = self.haystacks[TASKS[task].haystack]
         inserts = [(depth if needle_depth is None else needle_depth, ids)
                    for needle_depth, ids in zip(sample['depths'], sample['needles'], strict=True)]
         rest = (length - sum(map(len, sample['needles'])) - len(sample['ask'])
                 - self.answer_len(task))
         parts = (ids for ids, _ in haystack.fill(haystack.place(sample['place']), rest, inserts))
-        pending = np.empty(0, np.int64)
-        for part in itertools.chain(parts, [np.asarray(sample['ask'], np.int64)]):
-            pending = np.concatenate((pending, part))
-            while len(pending) > PIECE:
-                yield pending[:PIECE]
-                pending = pending[PIECE:]
-        yield pending
+        return blocks(itertools.chain(parts, [np.asarray(sample['ask'], np.int64)]), PIECE)
 
     @torch.no_grad()
     def answers(self, task, samples, length, depth, update_memory=True, tick=lambda tokens: None):
@@ -153,17 +125,9 @@ class Asker:
         Continue each sample's context greedily. -> texts, None where a logit was not finite. After
         each block, tick() gets the number of tokens read, over all samples.
         """
-        reader, state, block = self.reader, None, None
-        prompts = (self.prompt(task, sample, length, depth) for sample in samples)
-        # read one block behind: the last token of the last block is for the first generated one
-        for blocks in zip(*prompts, strict=True):
-            if block is not None:
-                state = reader.read(block, state, update_memory)
-                tick(block.numel())
-            block = torch.from_numpy(np.stack(blocks)).to(reader.device)
-        state = reader.read(block[:, :-1], state, update_memory)
-        tick(block.numel())
-        token, generated = block[:, -1:], []
+        reader, generated = self.reader, []
+        prompts = [self.prompt(task, sample, length, depth) for sample in samples]
+        state, token = reader.read_blocks(prompts, update_memory, tick)
         finite = torch.ones(len(samples), dtype=torch.bool, device=reader.device)
         with reader.autocast:
             for _ in range(self.answer_len(task) + SLACK):
@@ -173,14 +137,6 @@ class Asker:
                 generated.append(token)
         texts = [reader.tokenizer.decode(row) for row in torch.cat(generated, dim=1).tolist()]
         return [text if ok else None for text, ok in zip(texts, finite.tolist(), strict=True)]
-
-
-def interval(right, n, z=1.96):
-    """Wilson's 95% confidence interval of the proportion right / n."""
-    p, scale = right / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    middle = (p + z * z / (2 * n)) / scale
-    return [round(max(middle - half, 0), 4), round(min(middle + half, 1), 4)]
 
 
 def score(asker, task, length, depth, n, update_memory, batch_size, tick=lambda tokens: None):
@@ -203,33 +159,6 @@ def score(asker, task, length, depth, n, update_memory, batch_size, tick=lambda 
     return {'right': right, 'accuracy': right / n, 'interval': interval(right, n),
             'values_found': sum(hits) / len(hits), 'failed': failed,
             'seconds': round(time.time() - began, 1)}
-
-
-class Results:
-    """The finished cells of needle.json whose checkpoint and samples have not changed."""
-
-    def __init__(self, path, sources):
-        self.path, self.sources, self.cells = path, sources, []
-        try:
-            with open(path, encoding='utf-8') as f:
-                content = json.load(f)
-            if content['sources']['evaluation'] == sources['evaluation']:
-                self.sources = content['sources'] | sources
-                self.cells = [cell for cell in content['cells']
-                              if content['sources'][cell['model']] == self.sources[cell['model']]]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is damaged; move it away to start again") from None
-
-    def find(self, cell):
-        """The saved cell that has all entries of `cell`, or None."""
-        return next((saved for saved in self.cells if cell.items() <= saved.items()), None)
-
-    def add(self, cell):
-        """Add a cell and save the file at once, with an atomic write."""
-        self.cells.append(cell)
-        save_json(self.path, {'sources': self.sources, 'cells': self.cells}, indent=1)
 
 
 def draw(cells, tasks, models, path):
@@ -289,10 +218,7 @@ def flat(asker, config, tick):
 def main(argv):
     config = configurator.load(NeedleConfig, argv, __doc__)
     evaluation = Evaluation(os.path.join(config.data_dir, config.dataset))
-    available = min(map(len, evaluation.samples.values()))
-    if config.samples > available:
-        raise UserError(f"samples={config.samples}: the evaluation set has {available} "
-                        "of each task")
+    evaluation.check_samples(config.samples)
     asker = Asker(config.open(), config, evaluation)
     if config.flat:
         with tqdm(total=config.flat + 20 * 4096, unit='tok', unit_scale=True) as bar:
@@ -312,11 +238,18 @@ def main(argv):
     results = Results(os.path.join(config.out_dir, 'needle.json'),
                       {'evaluation': evaluation.sha256, **sources})
     grid = make_grid(config, tasks, lengths, abouts)
-    if not fill(results, grid, runs, titles, config):
-        print(f"\nstopped; {results.path} has {len(results.cells)} finished cells, "
-              "the same command continues", file=sys.stderr)
+
+    def measure(cell, tick):
+        asker, update_memory = runs[cell['model']]
+        return score(asker, cell['task'], cell['length'], cell['depth'], cell['samples'],
+                     update_memory, config.batch_size, tick)
+
+    def title(cell):
+        length = short_count(cell['length'])
+        return f"{cell['task']} {length} {cell['depth']}% {titles[cell['model']]}"
+    cells = results.fill(grid, measure, title)
+    if not cells:
         return 130
-    cells = [results.find(cell) for cell in grid]
     print_table(cells, tasks, lengths, titles)
     picture = os.path.join(config.out_dir, 'needle.png')
     draw(cells, tasks, titles, picture)
@@ -343,25 +276,6 @@ def make_grid(config, tasks, lengths, abouts):
              'block': PIECE, 'slack': SLACK, 'scoring': SCORING}
             for length, task, depth, (name, about)
             in itertools.product(lengths, tasks, depths, abouts.items())]
-
-
-def fill(results, grid, runs, titles, config):
-    """Evaluate the cells that the results do not have yet. -> False if Ctrl-C stopped it"""
-    todo = [cell for cell in grid if not results.find(cell)]
-    total = sum(cell['samples'] * cell['length'] for cell in todo)
-    try:
-        with tqdm(total=total, unit='tok', unit_scale=True, disable=not todo) as bar:
-            for cell in todo:
-                task, length, depth = cell['task'], cell['length'], cell['depth']
-                asker, update_memory = runs[cell['model']]
-                title = titles[cell['model']]
-                bar.set_description(f"{task} {short_count(length)} {depth}% {title}")
-                scores = score(asker, task, length, depth, cell['samples'], update_memory,
-                               config.batch_size, bar.update)
-                results.add(cell | scores)
-    except KeyboardInterrupt:
-        return False
-    return True
 
 
 def print_table(cells, tasks, lengths, titles):

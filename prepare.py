@@ -11,6 +11,7 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte --name=novel
     python prepare.py needle            needles in haystacks, with an evaluation set (no network)
     python prepare.py talk              conversations with facts to remember (no network)
+    python prepare.py babi              stories in haystacks, with an evaluation set (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
     python prepare.py parity            elements of a group and their product; also mod5, s3, s5
     python prepare.py mqar              multi-query associative recall of Zoology
@@ -49,6 +50,7 @@ from nanotitans.files import read_text
 from nanotitans.seeds import generator
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from nanotitans.writer import Writer
+from tasks import babi as stories
 from tasks import needle as needles
 from tasks import talk as talks
 from tasks.rows import TASKS
@@ -67,17 +69,17 @@ class PrepareConfig:
     train_path: str = ''            # text: the training file
     val_path: str = ''              # text: validation file; '' = last tenth of the training file
     name: str = 'text'              # text: write to data/NAME/, but never over another text
-    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2) and talk
+    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2), talk, babi
     check: bool = False             # only compare an existing data set with its checksums
     num_proc: Natural = 0           # openwebtext, fineweb_edu: encoding processes; 0 = one per core
     subset: str = 'sample-10BT'     # fineweb_edu: its configuration on the hub
     documents: Natural = 0          # openwebtext, fineweb_edu: number of documents; 0 = all
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
-    haystack: str = ''              # needle, talk: data set or file; '' = Python language reference
-    block_size: RowLength = 256     # needle, talk: tokens of a row, and one more as last target
-    rows: Annotated[int, Range(16)] = 32768  # needle, talk, tasks: rows, plus 1/16 for validation
-    words: int = 768                # needle, talk: words in the vocabulary; bytes spell the others
-    seed: Natural = 1337            # needle, talk, tasks: random seed of the rows
+    haystack: str = ''              # needle, talk, babi: data set or file; '' = Python's reference
+    block_size: RowLength = 256     # needle, talk, babi: tokens of a row, without the last target
+    rows: Annotated[int, Range(16)] = 32768  # tasks: rows, plus 1/16 for validation
+    words: int = 768                # needle, talk, babi: words with a token; others are spelled
+    seed: Natural = 1337            # tasks: random seed of the rows
 
     def __post_init__(self):
         check_ranges(self)
@@ -311,6 +313,23 @@ def talk(config):
             writer.add(split, *row)
 
 
+def babi(config):
+    """Write independent rows of config.block_size + 1 tokens, and eval.json for eval_babi.py."""
+    if config.tokenizer not in ('auto', 'word'):
+        raise UserError(f"babi: tokenizer='{config.tokenizer}' must be word")
+    texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
+    tokenizer = word_tokenizer(stories.vocabulary(), texts['train'], config.words)
+    name = config.haystack or 'the Python language reference'
+    haystacks = {split: needles.Haystack(text, tokenizer, f"{name} ({split})", min_tokens=1000)
+                 for split, text in texts.items()}
+    length = config.block_size + 1
+    with Writer(config.data_dir, 'babi', tokenizer, length) as writer:
+        for split, rng in draws('babi', config):
+            writer.add(split, *stories.training_row(rng, tokenizer, haystacks[split], length))
+        samples = stories.evaluation_set(config.seed)
+        writer.write_json('eval.json', {'haystack': texts['val'], 'samples': samples})
+
+
 def code_lines(texts):
     """
     Every 20th line with three words or more. Their words are spelled like the values of facts, so a
@@ -436,8 +455,9 @@ def open_stream(datasets, source, where):
 
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu,
-                                   text, needle, talk)}
+                                   text, needle, talk, babi)}
 CORPORA |= {name: functools.partial(task, name) for name in TASKS}
+OF_WORDS = ('needle', 'talk', 'babi')
 
 
 def main(argv):
@@ -447,12 +467,13 @@ def main(argv):
         wrong = f", not {' '.join(names)}" if names else ""
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}{wrong}")
     name = names[0]
-    remedies = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE',
+    remedies = {'text': '; give --train_path=FILE',
+                **dict.fromkeys(('needle', 'babi'), '; give --haystack=FILE'),
                 **dict.fromkeys(TASKS, '')}
     if config.source and name in remedies:
         raise UserError(f"--source is not for {name}{remedies[name]}")
-    if config.block_size != PrepareConfig.block_size and name not in ('needle', 'talk'):
-        raise UserError(f"--block_size is not for {name}: it is for needle and talk")
+    if config.block_size != PrepareConfig.block_size and name not in OF_WORDS:
+        raise UserError(f"--block_size is not for {name}: it is for {', '.join(OF_WORDS)}")
     if config.name != 'text' and name != 'text':
         raise UserError(f"--name is for text; {name} has its own")
     if not re.fullmatch(r'\w[\w-]*', config.name) or config.name in (*NAMES, 'downloads'):

@@ -3,10 +3,11 @@ Open a trained model from its checkpoint, to read text with it and to continue t
 """
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from model import TitansState
@@ -101,6 +102,36 @@ class Reader:
             for block in self.blocks(idx):
                 state = self.model(block, state=state, update_memory=update_memory)[2]
         return state
+
+    @torch.no_grad()
+    def read_blocks(self, streams: Iterable[Iterator[np.ndarray]], update_memory: bool = True,
+                    tick: Callable[[int], object] = lambda tokens: None
+                    ) -> tuple[TitansState | None, torch.Tensor]:
+        """
+        Read streams of equal length side by side, each in blocks. After each block, tick() gets the
+        number of tokens read, over all streams. -> the state before the last token, which is for
+        the first token of an answer, and that token (B, 1)
+        """
+        state, ids = None, torch.empty(0, 0)
+        for block in zip(*streams, strict=True):
+            if ids.numel():
+                state = self.read(ids, state, update_memory)
+                tick(ids.numel())
+            ids = torch.from_numpy(np.stack(block)).to(self.device)
+        state = self.read(ids[:, :-1], state, update_memory)
+        tick(ids.numel())
+        return state, ids[:, -1:]
+
+
+def blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yield arrays of ids, one after another, as blocks of `size`; the last is never empty."""
+    pending = np.empty(0, np.int64)
+    for part in parts:
+        pending = np.concatenate((pending, part))
+        while len(pending) > size:
+            yield pending[:size]
+            pending = pending[size:]
+    yield pending
 
 
 def until_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
