@@ -10,6 +10,7 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
                                         (--subset=sample-100BT: 100 billion)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte --name=novel
     python prepare.py needle            needles in haystacks, with an evaluation set (no network)
+    python prepare.py ruler             all tasks of RULER, rows longer than a needle's (no network)
     python prepare.py talk              conversations with facts to remember (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
     python prepare.py parity            elements of a group and their product; also mod5, s3, s5
@@ -48,6 +49,7 @@ from nanotitans.seeds import generator
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from nanotitans.writer import Writer
 from tasks import needle as needles
+from tasks import ruler
 from tasks import talk as talks
 from tasks.rows import TASKS
 
@@ -65,17 +67,17 @@ class PrepareConfig:
     train_path: str = ''            # text: the training file
     val_path: str = ''              # text: validation file; '' = last tenth of the training file
     name: str = 'text'              # text: write to data/NAME/, but never over another text
-    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2) and talk
+    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for talk, needle, ruler (or gpt2)
     check: bool = False             # only compare an existing data set with its checksums
     num_proc: Natural = 0           # openwebtext, fineweb_edu: encoding processes; 0 = one per core
     subset: str = 'sample-10BT'     # fineweb_edu: its configuration on the hub
     documents: Natural = 0          # openwebtext, fineweb_edu: number of documents; 0 = all
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
-    haystack: str = ''              # needle, talk: data set or file; '' = Python language reference
+    haystack: str = ''              # needle, ruler, talk: data set or file; '' = Python reference
     block_size: RowLength = 256     # needle, talk: tokens of a row, and one more as last target
-    rows: Annotated[int, Range(16)] = 32768  # needle, talk, tasks: rows, plus 1/16 for validation
-    words: int = 768                # needle, talk: words in the vocabulary; bytes spell the others
-    seed: Natural = 1337            # needle, talk, tasks: random seed of the rows
+    rows: Annotated[int, Range(16)] = 32768  # of rows: their number, and 1/16 for validation
+    words: int = 768                # needle, ruler, talk: words in the vocabulary; others in bytes
+    seed: Natural = 1337            # of rows: their random seed
 
     def __post_init__(self):
         check_ranges(self)
@@ -261,28 +263,31 @@ def draws(name, config):
             yield split, generator(f'{name} {split}', config.seed, row)
 
 
-def needle(config):
-    """Write independent rows of config.block_size + 1 tokens, and eval.json for eval_needle.py."""
+def needle(config, name='needle', tasks=needles):
+    """
+    Write independent rows, for needle of config.block_size + 1 tokens, and eval.json for
+    eval_needle.py. tasks: the module of the rows.
+    """
     if config.tokenizer not in ('auto', 'word', 'gpt2'):
-        raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) "
+        raise UserError(f"{name}: tokenizer='{config.tokenizer}' must be word (the default) "
                         "or gpt2")
     texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
     if config.tokenizer == 'gpt2':
         tokenizer = Tokenizer({'kind': 'gpt2'})
     else:
-        tokenizer = word_tokenizer(needles.vocabulary(), texts['train'], config.words)
-    name = config.haystack or 'the Python language reference'
-    noise = needles.Haystack(needles.NOISE, tokenizer)
-    haystacks = {}
+        tokenizer = word_tokenizer(tasks.vocabulary(), texts['train'], config.words)
+    source = config.haystack or 'the Python language reference'
     for split, text in texts.items():
-        haystack = needles.Haystack(text, tokenizer, f"{name} ({split})", min_tokens=1000)
-        haystacks[split] = {'noise': noise, 'text': haystack}
-    length = config.block_size + 1
-    with Writer(config.data_dir, 'needle', tokenizer, length) as writer:
-        for split, rng in draws('needle', config):
-            row = needles.training_row(rng, tokenizer, haystacks[split], length)
+        needles.Haystack(text, tokenizer, f"{source} ({split})", min_tokens=1000)  # or a UserError
+    haystacks = {split: {kind: ruler.haystack(kind, text, tokenizer)
+                         for kind in ('noise', 'text', 'list', 'code')}
+                 for split, text in texts.items()}
+    length = (ruler.LENGTH if tasks is ruler else config.block_size) + 1
+    with Writer(config.data_dir, name, tokenizer, length) as writer:
+        for split, rng in draws(name, config):
+            row = tasks.training_row(rng, tokenizer, haystacks[split], length)
             writer.add(split, *row)
-        samples = needles.evaluation_set(config.seed)
+        samples = ruler.evaluation_set(config.seed, texts['val'])
         writer.write_json('eval.json', {'haystack': texts['val'], 'samples': samples})
 
 
@@ -433,6 +438,7 @@ def open_stream(datasets, source, where):
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu,
                                    text, needle, talk)}
+CORPORA['ruler'] = functools.partial(needle, name='ruler', tasks=ruler)
 CORPORA |= {name: functools.partial(task, name) for name in TASKS}
 
 
@@ -443,7 +449,8 @@ def main(argv):
         wrong = f", not {' '.join(names)}" if names else ""
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}{wrong}")
     name = names[0]
-    remedies = {'text': '; give --train_path=FILE', 'needle': '; give --haystack=FILE',
+    remedies = {'text': '; give --train_path=FILE',
+                **dict.fromkeys(('needle', 'ruler'), '; give --haystack=FILE'),
                 **dict.fromkeys(TASKS, '')}
     if config.source and name in remedies:
         raise UserError(f"--source is not for {name}{remedies[name]}")

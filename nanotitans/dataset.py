@@ -33,7 +33,7 @@ END = np.dtype(np.uint64)     # where a document ends in its file
 SPLITS = ('train', 'val')
 # what prepare.py can make; any other name is a text of the user's
 NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle',
-         'talk', 'recall', 'parity', 'mod5', 's3', 's5')
+         'ruler', 'talk', 'recall', 'parity', 'mod5', 's3', 's5')
 
 
 class Batch(NamedTuple):

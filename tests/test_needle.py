@@ -18,7 +18,8 @@ from nanotitans.dataset import WEIGHT, Dataset
 from nanotitans.reader import Reader
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from tasks import needle
-from tasks.needle import TASKS, Haystack, training_row
+from tasks.needle import Haystack, training_row
+from tasks.ruler import HAYSTACKS, TASKS, haystack
 
 TEXT = ' '.join(f"Sentence {i} of this long tale says that {'very ' * (i % 5)}little happens."
                 for i in range(1500))
@@ -138,22 +139,21 @@ def test_fill_has_the_length_in_parts_and_keeps_sentences_whole(length):
 
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('tokenizer', tokenizers(), ids=lambda t: t.spec['kind'])
-def test_contexts_are_equally_long_and_hold_every_value(workspace, task, tokenizer):
+def test_contexts_are_equally_long_and_hold_every_needle(workspace, task, tokenizer):
     asker, evaluation = Asker.__new__(Asker), Evaluation('data/needle')
-    asker.haystacks = {'noise': Haystack(needle.NOISE, tokenizer),
-                       'text': Haystack(evaluation.text, tokenizer)}
-    asker.samples = {task: [Asker.tokens(TASKS[task], sample, tokenizer.encode)
+    asker.haystacks = {HAYSTACKS[task]: haystack(HAYSTACKS[task], evaluation.text, tokenizer)}
+    asker.samples = {task: [Asker.tokens(sample, tokenizer.encode)
                             for sample in evaluation.samples[task][:5]]}
-    for length in asker.shortest_context(task), 3000:
+    shortest = asker.shortest_context(task)
+    for length in shortest, shortest + 2000:
         for depth in 0.0, 0.5, 1.0:
-            for sample in asker.samples[task]:
+            for sample, texts in zip(asker.samples[task], evaluation.samples[task], strict=False):
                 blocks = list(asker.prompt(task, sample, length, depth))
                 assert {len(b) for b in blocks[:-1]} <= {eval_needle.PIECE} and len(blocks[-1]) >= 1
                 assert sum(map(len, blocks)) == length - asker.answer_len(task)
                 text = tokenizer.decode(np.concatenate(blocks).tolist())
-                assert all(f": {value}." in text for value in sample['values'])
-                assert text.endswith((' is', ' are'))
-                assert len(sample['values']) == TASKS[task].values * TASKS[task].asked
+                assert all(needle in text for needle, _ in texts['needles'])
+                assert text.endswith(texts['ask'])
 
 
 # -- scores
