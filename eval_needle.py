@@ -365,7 +365,7 @@ def fill(results, grid, runs, titles, config):
 def print_table(cells, tasks, lengths, titles):
     """One line for each task and model: the accuracy at each length, averaged over depths."""
     for task, name in itertools.product(tasks, titles):
-        line = f"{task:<12} {titles[name]:<16} "
+        line = f"{task:<17} {titles[name]:<16} "
         for length in lengths:
             mean = statistics.mean(c['accuracy'] for c in cells
                                    if (c['task'], c['model'], c['length']) == (task, name, length))

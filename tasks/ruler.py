@@ -36,7 +36,7 @@ DOTS = ' ...'  # the most frequent coded word
 # how often a common and another word are in a list: the first pair with which the common words are
 # at most two thirds of it
 COUNTS = (30, 3), (6, 1), (3, 1)
-LENGTH = 512     # block_size for training; a row has one token more
+LENGTH = 1024    # block_size for training; a row has one token more
 
 
 def coded_word(rng):
@@ -232,10 +232,10 @@ KINDS = (*[('numbers', key) for key in ('word', 'words', 'made-up')] * 3,
 
 def training_row(rng, tokenizer, haystacks, length):
     """
-    Draw a row of `length` tokens of any task; 13 in 16 have needles. haystacks: {kind: Haystack}
+    Draw a row of `length` tokens of any task; 29 in 32 have needles. haystacks: {kind: Haystack}
     -> ids (length,), weights (length,): how much each token counts as a target
     """
-    other = rng.integers(16)
+    other = rng.integers(32)
     if other >= len(SAMPLES):
         return needles_row(rng, tokenizer, haystacks, length)
     name = list(SAMPLES)[other]
@@ -265,8 +265,9 @@ def needles_row(rng, tokenizer, haystacks, length):
                for depth, fact in zip(sorted(rng.uniform(0, 0.6, len(facts))), facts, strict=True)]
     room = length * 0.9 - sum(len(ids) for _, ids, _ in inserts)
     for asked, latest in questions(rng, names, told):
-        known = [fact for name in asked for fact in facts if fact[0] == name]
-        ask, answer, values = needle.question(kind, known, asked, latest)
+        # in the order asked; of several values of a key the latest comes first in the answer
+        known = [fact for name in asked for fact in facts[::-1] if fact[0] == name]
+        ask, answer, values = needle.question(kind, known[::-1] if latest else known, asked, latest)
         if len(known) == 1 and rng.integers(2):  # in the words of the needle
             ask = needle.needle_text(kind, asked[0], '').removesuffix(' .')
         ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
