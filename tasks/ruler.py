@@ -265,10 +265,9 @@ def needles_row(rng, tokenizer, haystacks, length):
                for depth, fact in zip(sorted(rng.uniform(0, 0.6, len(facts))), facts, strict=True)]
     room = length * 0.9 - sum(len(ids) for _, ids, _ in inserts)
     for asked, latest in questions(rng, names, told):
-        # in the order asked; of several values of a key the latest comes first in the answer
-        known = [fact for name in asked for fact in facts[::-1] if fact[0] == name]
-        ask, answer, values = needle.question(kind, known[::-1] if latest else known, asked, latest)
-        if len(known) == 1 and rng.integers(2):  # in the words of the needle
+        # an answer has the latest value first: it is what the memory reads under the key
+        ask, answer, values = needle.question(kind, facts if latest else facts[::-1], asked, latest)
+        if len(values) == 1 and not latest and rng.integers(2):  # in the words of the needle
             ask = needle.needle_text(kind, asked[0], '').removesuffix(' .')
         ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
         room -= len(ask) + len(answer)
@@ -283,14 +282,12 @@ def needles_row(rng, tokenizer, haystacks, length):
 
 def questions(rng, names, told):
     """
-    Yield (keys, latest) for four rounds of questions: about one key, in a quarter of them about up
-    to four, or about the latest of several values. told: the key of each needle.
+    Yield (keys, latest) for four rounds of questions: about one key, about all of up to four, or
+    about the latest of several values. told: the key of each needle.
     """
     for key in itertools.chain(*(rng.permutation(names).tolist() for _ in range(4))):
-        if told.count(key) > 1:
-            yield [key], bool(rng.integers(2))
-        elif rng.integers(4):
-            yield [key], False
+        several = told.count(key) > 1
+        if not several and 1 < len(told) <= 4 and not rng.integers(3):
+            yield rng.permutation(names).tolist(), False
         else:
-            others = [name for name in names if told.count(name) == 1]
-            yield rng.permutation(others)[:rng.integers(1, 5)].tolist(), False
+            yield [key], several and bool(rng.integers(2))
