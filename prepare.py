@@ -10,7 +10,7 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
                                         (--subset=sample-100BT: 100 billion)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte --name=novel
     python prepare.py needle            needles in haystacks, with an evaluation set (no network)
-    python prepare.py ruler             all tasks of RULER, rows longer than a needle's (no network)
+    python prepare.py ruler             all tasks of RULER, in longer rows (no network)
     python prepare.py talk              conversations with facts to remember (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
     python prepare.py parity            elements of a group and their product; also mod5, s3, s5
