@@ -87,13 +87,15 @@ class Evaluation:
             with open(os.path.join(folder, 'eval.json'), encoding='utf-8') as f:
                 content = f.read()
             self.samples, self.text = (json.loads(content)[key] for key in ('samples', 'haystack'))
-            if not (isinstance(self.text, str) and self.samples
-                    and all(isinstance(samples, list) for samples in self.samples.values())):
+            if not (isinstance(self.text, str) and self.samples.keys() >= set(TASKS)
+                    and all(isinstance(samples, list) and 'needles' in samples[0]
+                            for samples in self.samples.values())):
                 raise ValueError
         except OSError:
             raise UserError(f"{folder}: no evaluation set here{remedy}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder}/eval.json is damaged{remedy}") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{folder}/eval.json is damaged, or of an older version{remedy}"
+                            ) from None
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
 

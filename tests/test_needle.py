@@ -333,6 +333,18 @@ def test_prepare_needle_refuses(workspace, argv, words):
     assert not os.path.exists('data/needle.partial')
 
 
+@pytest.mark.parametrize('change', [
+    lambda samples: samples.pop('latest'),
+    lambda samples: samples.update({'pass-key': [{'facts': [['harbor', '4821907', 0.5]]}]})])
+def test_an_evaluation_set_of_an_older_version_is_refused(workspace, tmp_path, change):
+    with open('data/needle/eval.json') as f:
+        content = json.load(f)
+    change(content['samples'])
+    (tmp_path / 'eval.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='older version; run: python prepare.py needle'):
+        Evaluation(str(tmp_path))
+
+
 def test_any_prepared_text_is_a_haystack(workspace, tmp_path):
     prepare.main(['text', '--train_path=tale.txt', f'--data_dir={tmp_path}'])
     prepare.main(['needle', '--haystack=text', '--rows=16', f'--data_dir={tmp_path}'])
