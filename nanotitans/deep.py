@@ -157,9 +157,15 @@ class FeatureMemory(NeuralMemory):
     def features(self, k):
         """f(k). If no |k| is above 1, no |f(k)| is.   (B, T, H, D) -> (B, T, H, L)"""
         a, b = torch.einsum('bthd,nhfd->nbthf', k, wide(self.factors))
-        p = (a[..., :, None] * b[..., None, :]).flatten(-2) if self.pairs else a * b
+        length = torch.linalg.vector_norm
         s = wide(self.share)
-        p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+        if self.pairs:  # divided before the many products are made: |p| = |A k| |B k|
+            norm = length(a, dim=-1, keepdim=True) * length(b, dim=-1, keepdim=True)
+            a = a * (s / norm.clamp_min(LEAST_LENGTH) / (1 + s * s).sqrt())
+            p = (a[..., :, None] * b[..., None, :]).flatten(-2)
+            return torch.cat((k / (1 + s * s).sqrt(), p), dim=-1)
+        p = a * b
+        p = p / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
         return torch.cat((k, s * p), dim=-1) / (1 + s * s).sqrt()
 
     def in_one_call(self, x):
