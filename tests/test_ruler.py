@@ -68,7 +68,17 @@ def test_answers_are_right_and_only_the_needles_have_them(task):
         assert not any(re.search(rf'\b{value}\b', text) for value in sample['values'])
 
 
-def test_samples_and_rows_that_were_published_are_still_drawn():
+def test_words_are_as_frequent_as_in_ruler():
+    assert ruler.CodedText.counts(1000)[:5] == [607, 151, 67, 37, 24]  # 1000 / (k^2 zeta(2))
+    list_of_words = ruler.WordList(TOKENIZER, ruler.words_of(TEXT))
+    asked = [TOKENIZER.encode(f' {word}') for word in SAMPLES['common-words'][0]['values']]
+    entries = list_of_words.entries(np.random.default_rng(0), asked, 6000)
+    times = collections.Counter(TOKENIZER.decode(ids).split()[1] for ids in entries)
+    often, seldom = times.most_common(10), times.most_common()[10:-1]  # the last is cut off
+    assert {n for _, n in often} == {30} and {n for _, n in seldom} == {3}
+
+
+def test_samples_of_the_first_tasks_are_drawn_as_before():
     first = {task: SAMPLES[task] for task in list(SAMPLES)[:6]}
     assert hashlib.sha256(json.dumps(first).encode()).hexdigest() == \
         'd0f803a986fb01816002709d804c36537eed5b73845f94cc686121c5a814bd65'
@@ -82,8 +92,9 @@ def test_nothing_but_the_key_tells_which_needle_is_asked_for():
         assert abs(np.mean(places) - (count - 1) / 2) < count / 10
         values = [sample['values'][0] for sample in samples[task]]
         assert len(set(values)) == 200 and len({value[0] for value in values}) == 9
-    for kind in needle.RING:
+    for task, kind in ('multi-key-2', 'numbers'), ('multi-key-3', 'uuids'):
         text, keys = needle.ring(kind)
+        assert all(FACT.fullmatch(sample['needles'][0][0])[1] in keys for sample in samples[task])
         told = FACT.findall(text)
         assert len({key for key, _ in told} | set(keys)) == len(told) + len(keys) \
             == needle.RING[kind] + 1000
