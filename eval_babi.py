@@ -25,7 +25,7 @@ import torch
 
 from memory import map_state
 from nanotitans import configurator
-from nanotitans.cells import Evaluation, Results, interval
+from nanotitans.cells import EvaluationSet, Results, interval
 from nanotitans.configurator import Count, UserError, check_ranges, parse_numbers
 from nanotitans.figures import pyplot, save_figure, short_count
 from nanotitans.reader import ReaderConfig, blocks, memory_modes
@@ -49,6 +49,10 @@ class BabiConfig(ReaderConfig):
     def __post_init__(self):
         parse_numbers(self, 'lengths', 1)
         check_ranges(self)
+
+
+def evaluation_set(folder):
+    return EvaluationSet(folder, 'babi', ['stories'], 'facts')
 
 
 class Asker:
@@ -149,7 +153,7 @@ def print_table(cells, titles, chances):
 
 def main(argv):
     config = configurator.load(BabiConfig, argv, __doc__)
-    evaluation = Evaluation(os.path.join(config.data_dir, 'babi'), 'babi')
+    evaluation = evaluation_set(os.path.join(config.data_dir, 'babi'))
     evaluation.check_samples(config.samples)
     chances = guess(evaluation.samples['stories'])
     asker = Asker(config.open(), evaluation)

@@ -4,13 +4,16 @@ Hide a needle in a haystack, ask the model for it, and draw a map of where the m
     python prepare.py needle                       # once: makes the evaluation set
     python eval_needle.py --out_dir=out/needle_cpu
     python eval_needle.py --baseline=out/needle_gpt_cpu --tasks=pass-key,multi-key
+    python prepare.py ruler                        # the same for all tasks of RULER
+    python eval_needle.py --dataset=ruler --out_dir=out/ruler_cpu --tasks=all --lengths=2048
     python eval_needle.py --lengths=2097152 --depths=50 --samples=2 --cell_tokens=4194304
     python eval_needle.py --flat=2097152         # does a token cost more in a long context?
 
 The results are needle.json and needle.png in out_dir. Every sample is streamed through the carried
 state, once with the memory as trained and once with writing switched off, so time and memory per
 token do not depend on the length. Lengths are counted in tokens of the model and include question
-and answer. The tasks are described in tasks/needle.py.
+and answer. The tasks are described in tasks/needle.py and tasks/ruler.py. An answer is exact if it
+has all values asked for; RULER's own score, the share of the values, is values_found.
 
 A cell of the map is one task, length, depth and model. Cells that needle.json already has are not
 computed again, so Ctrl-C loses only the unfinished cell. Each dtype and each kind of device has its
@@ -28,12 +31,12 @@ import torch
 from tqdm import tqdm
 
 from nanotitans import configurator
-from nanotitans.cells import Evaluation, Results, interval
+from nanotitans.cells import EvaluationSet, Results, interval
 from nanotitans.configurator import Count, UserError, check_ranges, parse_numbers
 from nanotitans.figures import pyplot, save_figure, short_count
 from nanotitans.peak import peak_bytes
 from nanotitans.reader import ReaderConfig, blocks, memory_modes
-from tasks.needle import NEEDLE, NOISE, TASKS, Haystack, question
+from tasks.ruler import HAYSTACKS, TASKS, haystack
 
 PIECE = 1024  # tokens of each sample read in one call
 SLACK = 4     # tokens that the model may generate beyond the length of the answer
@@ -72,37 +75,35 @@ class NeedleConfig(ReaderConfig):
                                  "with 4096")
 
 
+def evaluation_set(folder):
+    return EvaluationSet(folder, 'needle', TASKS, 'needles')
+
+
 class Asker:
     """A trained model, with haystacks and samples encoded by its tokenizer."""
 
     def __init__(self, reader, config, evaluation):
         self.reader = reader
-        encode = self.reader.tokenizer.encode
+        encode, tasks = self.reader.tokenizer.encode, config.tasks.split(',')
         try:
-            self.haystacks = {'noise': Haystack(NOISE, self.reader.tokenizer),
-                              'text': Haystack(evaluation.text, self.reader.tokenizer)}
-            self.samples = {task: [self.tokens(TASKS[task], sample, encode)
-                                   for sample in evaluation.samples[task]]
-                            for task in config.tasks.split(',')}
+            self.haystacks = {kind: haystack(kind, evaluation.text, self.reader.tokenizer)
+                              for kind in {HAYSTACKS[task] for task in tasks}}
+            self.samples = {task: [self.tokens(sample, encode)
+                                   for sample in evaluation.samples[task]] for task in tasks}
         except UserError as error:
             raise UserError(f"{reader.path} cannot be asked for needles, {error}") from None
 
     @staticmethod
-    def tokens(task, sample, encode):
-        """Encode a sample. The first needle asked for has depth None: each cell sets its depth."""
-        facts = [(key, value) for key, value, _ in sample['facts']]
-        ask, answer, _ = question(task.kind, facts, sample['asked'])
-        first = next(i for i, (key, _) in enumerate(facts) if key in sample['asked'])
-        return {'needles': [encode(NEEDLE.format(kind=task.kind, key=key, value=value))
-                            for key, value in facts],
-                'depths': [None if i == first else depth
-                           for i, (_, _, depth) in enumerate(sample['facts'])],
-                'ask': encode(ask), 'answer': len(encode(answer)), 'place': sample['place'],
-                'values': [value for key, value in facts if key in sample['asked']]}
+    def tokens(sample, encode):
+        """Encode a sample; see tasks.needle.sample."""
+        return sample | {'needles': [(encode(text), depth) for text, depth in sample['needles']],
+                         'ask': encode(sample['ask']), 'answer': len(encode(sample['answer']))}
 
     def shortest_context(self, task):
-        """The shortest context of a task, in tokens: its longest sample without any haystack."""
-        longest = max(sum(map(len, s['needles'])) + len(s['ask']) for s in self.samples[task])
+        """The shortest context of a task, in tokens: its longest sample without other haystack."""
+        least = self.haystacks[HAYSTACKS[task]].least
+        longest = max(least([ids for ids, _ in s['needles']]) + len(s['ask'])
+                      for s in self.samples[task])
         return longest + self.answer_len(task)
 
     def answer_len(self, task):
@@ -111,10 +112,11 @@ class Asker:
 
     def prompt(self, task, sample, length, depth):
         """-> a context up to its answer, in blocks of PIECE tokens"""
-        haystack = self.haystacks[TASKS[task].haystack]
-        inserts = [(depth if needle_depth is None else needle_depth, ids)
-                   for needle_depth, ids in zip(sample['depths'], sample['needles'], strict=True)]
-        rest = (length - sum(map(len, sample['needles'])) - len(sample['ask'])
+        haystack = self.haystacks[HAYSTACKS[task]]
+        start, stop = {'all': (0, 1), 'before': (0, depth), 'after': (depth, 1)}[sample['span']]
+        inserts = [(depth if share is None else start + share * (stop - start), ids)
+                   for ids, share in sample['needles']]
+        rest = (length - sum(len(ids) for _, ids in inserts) - len(sample['ask'])
                 - self.answer_len(task))
         parts = (ids for ids, _ in haystack.fill(haystack.place(sample['place']), rest, inserts))
         return blocks(itertools.chain(parts, [np.asarray(sample['ask'], np.int64)]), PIECE)
@@ -217,7 +219,7 @@ def flat(asker, config, tick):
 
 def main(argv):
     config = configurator.load(NeedleConfig, argv, __doc__)
-    evaluation = Evaluation(os.path.join(config.data_dir, config.dataset))
+    evaluation = evaluation_set(os.path.join(config.data_dir, config.dataset))
     evaluation.check_samples(config.samples)
     asker = Asker(config.open(), config, evaluation)
     if config.flat:
@@ -281,7 +283,7 @@ def make_grid(config, tasks, lengths, abouts):
 def print_table(cells, tasks, lengths, titles):
     """One line for each task and model: the accuracy at each length, averaged over depths."""
     for task, name in itertools.product(tasks, titles):
-        line = f"{task:<12} {titles[name]:<16} "
+        line = f"{task:<17} {titles[name]:<16} "
         for length in lengths:
             mean = statistics.mean(c['accuracy'] for c in cells
                                    if (c['task'], c['model'], c['length']) == (task, name, length))

@@ -65,6 +65,8 @@ class TitansConfig:
     memory_expansion: Count = 2     # hidden width over input width, for memory_depth of 2 or more
     memory_values: Natural = 0      # memory_depth=2: numbers of a head's value that are stored
                                     # (FeatureMemory); 0: an MLP
+    memory_products: Natural = 0    # R: a key is widened by R x R products (FeatureMemory), and not
+                                    # memory_expansion times; 0: no
     memory_heads: Natural = 0       # independent memories, n_embd / memory_heads wide; 0: n_head
     memory_conv: Natural = 4        # width of the causal convolution on q, k, v; 0: none
     memory_gates: Literal['sigmoid', 'hard', 'fixed'] = 'sigmoid'
@@ -94,6 +96,8 @@ class TitansConfig:
                 and not self.memory_depth == 2 <= self.memory_expansion):
             raise ValueError(f"memory_values={self.memory_values} needs memory_depth=2 and "
                              "memory_expansion of 2 or more")
+        if 'memory_values' not in unused and self.memory_products and not self.memory_values:
+            raise ValueError(f"memory_products={self.memory_products} needs memory_values")
         if ('memory_rule' not in unused and self.memory_rule != 'titans'
                 and (self.memory_depth > 1 or self.memory_momentum)):
             raise ValueError(f"memory_rule='{self.memory_rule}' needs memory_depth=1 and "

@@ -10,6 +10,7 @@ Prepare a data set and write it to data/NAME/ (train.bin, val.bin, meta.json).
                                         (--subset=sample-100BT: 100 billion)
     python prepare.py text --train_path=a.txt --val_path=b.txt --tokenizer=byte --name=novel
     python prepare.py needle            needles in haystacks, with an evaluation set (no network)
+    python prepare.py ruler             all tasks of RULER, in longer rows (no network)
     python prepare.py talk              conversations with facts to remember (no network)
     python prepare.py babi              stories in haystacks, with an evaluation set (no network)
     python prepare.py recall            pairs to recall three segments later (no network)
@@ -52,6 +53,7 @@ from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from nanotitans.writer import Writer
 from tasks import babi as stories
 from tasks import needle as needles
+from tasks import ruler
 from tasks import talk as talks
 from tasks.rows import TASKS
 
@@ -69,16 +71,19 @@ class PrepareConfig:
     train_path: str = ''            # text: the training file
     val_path: str = ''              # text: validation file; '' = last tenth of the training file
     name: str = 'text'              # text: write to data/NAME/, but never over another text
-    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle (or gpt2), talk, babi
+    tokenizer: TokenizerKind = 'auto'  # auto: byte for text; word for needle and ruler (or gpt2),
+                                    # talk, babi
     check: bool = False             # only compare an existing data set with its checksums
     num_proc: Natural = 0           # openwebtext, fineweb_edu: encoding processes; 0 = one per core
     subset: str = 'sample-10BT'     # fineweb_edu: its configuration on the hub
     documents: Natural = 0          # openwebtext, fineweb_edu: number of documents; 0 = all
     shard_tokens: Count = 100_000_000  # openwebtext, fineweb_edu: tokens per file
-    haystack: str = ''              # needle, talk, babi: data set or file; '' = Python's reference
+    haystack: str = ''              # needle, ruler, talk, babi: data set or file; '' = Python's
+                                    # language reference
     block_size: RowLength = 256     # needle, talk, babi: tokens of a row, without the last target
     rows: Annotated[int, Range(16)] = 32768  # tasks: rows, plus 1/16 for validation
-    words: int = 768                # needle, talk, babi: words with a token; others are spelled
+    words: int = 768                # needle, ruler, talk, babi: words with a token; others
+                                    # are spelled
     seed: Natural = 1337            # tasks: random seed of the rows
 
     def __post_init__(self):
@@ -265,28 +270,31 @@ def draws(name, config):
             yield split, generator(f'{name} {split}', config.seed, row)
 
 
-def needle(config):
-    """Write independent rows of config.block_size + 1 tokens, and eval.json for eval_needle.py."""
+def needle(config, name='needle', tasks=needles):
+    """
+    Write independent rows, for needle of config.block_size + 1 tokens, and eval.json for
+    eval_needle.py. tasks: the module of the rows.
+    """
     if config.tokenizer not in ('auto', 'word', 'gpt2'):
-        raise UserError(f"needle: tokenizer='{config.tokenizer}' must be word (the default) "
+        raise UserError(f"{name}: tokenizer='{config.tokenizer}' must be word (the default) "
                         "or gpt2")
     texts = dict(zip(('train', 'val'), haystack_texts(config), strict=True))
     if config.tokenizer == 'gpt2':
         tokenizer = Tokenizer({'kind': 'gpt2'})
     else:
-        tokenizer = word_tokenizer(needles.vocabulary(), texts['train'], config.words)
-    name = config.haystack or 'the Python language reference'
-    noise = needles.Haystack(needles.NOISE, tokenizer)
-    haystacks = {}
+        tokenizer = word_tokenizer(tasks.vocabulary(), texts['train'], config.words)
+    source = config.haystack or 'the Python language reference'
     for split, text in texts.items():
-        haystack = needles.Haystack(text, tokenizer, f"{name} ({split})", min_tokens=1000)
-        haystacks[split] = {'noise': noise, 'text': haystack}
-    length = config.block_size + 1
-    with Writer(config.data_dir, 'needle', tokenizer, length) as writer:
-        for split, rng in draws('needle', config):
-            row = needles.training_row(rng, tokenizer, haystacks[split], length)
+        needles.Haystack(text, tokenizer, f"{source} ({split})", min_tokens=1000)  # or a UserError
+    haystacks = {split: {kind: ruler.haystack(kind, text, tokenizer)
+                         for kind in ('noise', 'text', 'list', 'code')}
+                 for split, text in texts.items()}
+    length = (ruler.LENGTH if tasks is ruler else config.block_size) + 1
+    with Writer(config.data_dir, name, tokenizer, length) as writer:
+        for split, rng in draws(name, config):
+            row = tasks.training_row(rng, tokenizer, haystacks[split], length)
             writer.add(split, *row)
-        samples = needles.evaluation_set(config.seed)
+        samples = ruler.evaluation_set(config.seed, texts['val'])
         writer.write_json('eval.json', {'haystack': texts['val'], 'samples': samples})
 
 
@@ -456,6 +464,7 @@ def open_stream(datasets, source, where):
 
 CORPORA = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, openwebtext, fineweb_edu,
                                    text, needle, talk, babi)}
+CORPORA['ruler'] = functools.partial(needle, name='ruler', tasks=ruler)
 CORPORA |= {name: functools.partial(task, name) for name in TASKS}
 OF_WORDS = ('needle', 'talk', 'babi')
 
@@ -468,7 +477,7 @@ def main(argv):
         raise UserError(f"say which data set to prepare, one of {', '.join(CORPORA)}{wrong}")
     name = names[0]
     remedies = {'text': '; give --train_path=FILE',
-                **dict.fromkeys(('needle', 'babi'), '; give --haystack=FILE'),
+                **dict.fromkeys(('needle', 'ruler', 'babi'), '; give --haystack=FILE'),
                 **dict.fromkeys(TASKS, '')}
     if config.source and name in remedies:
         raise UserError(f"--source is not for {name}{remedies[name]}")

@@ -14,22 +14,27 @@ from nanotitans.configurator import UserError
 from nanotitans.files import save_json
 
 
-class Evaluation:
-    """The evaluation set that `prepare.py made_by` wrote: a haystack, and lists of samples."""
+class EvaluationSet:
+    """
+    The evaluation set that `prepare.py made_by` wrote: a haystack, and lists of samples of these
+    names; a sample has such an entry. UserError if it is missing or damaged.
+    """
 
-    def __init__(self, folder, made_by='needle'):
+    def __init__(self, folder, made_by, names, entry):
         remedy = f"; run: python prepare.py {made_by}"
         try:
             with open(os.path.join(folder, 'eval.json'), encoding='utf-8') as f:
                 content = f.read()
             self.samples, self.text = (json.loads(content)[key] for key in ('samples', 'haystack'))
-            if not (isinstance(self.text, str) and self.samples
-                    and all(isinstance(samples, list) for samples in self.samples.values())):
+            if not (isinstance(self.text, str) and self.samples.keys() >= set(names)
+                    and all(isinstance(samples, list) and entry in samples[0]
+                            for samples in self.samples.values())):
                 raise ValueError
         except OSError:
             raise UserError(f"{folder}: no evaluation set here{remedy}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder}/eval.json is damaged{remedy}") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{folder}/eval.json is damaged, or of an older version{remedy}"
+                            ) from None
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
 
     def check_samples(self, samples):

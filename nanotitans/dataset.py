@@ -33,8 +33,8 @@ END = np.dtype(np.uint64)     # where a document ends in its file
 SPLITS = ('train', 'val')
 # what prepare.py can make; any other name is a text of the user's
 NAMES = ('stdlib', 'shakespeare_char', 'shakespeare', 'openwebtext', 'fineweb_edu', 'needle',
-         'talk', 'babi', 'recall', 'parity', 'mod5', 's3', 's5', 'mqar', 'mad_recall', 'mad_noisy',
-         'mad_fuzzy', 'mad_copy', 'mad_memory')
+         'ruler', 'talk', 'babi', 'recall', 'parity', 'mod5', 's3', 's5', 'mqar', 'mad_recall',
+         'mad_noisy', 'mad_fuzzy', 'mad_copy', 'mad_memory')
 
 
 class Batch(NamedTuple):

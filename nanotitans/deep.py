@@ -123,37 +123,49 @@ class FeatureMemory(NeuralMemory):
 
         M(k) = E W f(k)     f(k) = [k, s p(k)] / sqrt(1 + s^2)     p(k) = (A k) * (B k), unit length
 
+    With memory_products=R, A k and B k have R numbers and p(k) has all R^2 products of one of A k
+    and one of B k: as rich, and far cheaper than as many rows of A and B.
+
     W is written by the exact rule of the linear memory, with key f(k) and value E^T v. A, B, s and
     E are trained by the outer optimizer and do not change while a text is read. Keys become longer
     and values shorter, so that more numbers of the state serve to tell keys apart.
 
-    L = memory_expansion D numbers of f(k), V = memory_values. W and its surprise are (B, H, V, L).
+    f(k) has L = memory_expansion D or D + R^2 numbers, V = memory_values. W and its surprise are
+    (B, H, V, L).
     """
 
     def new_initial(self, config):
         H, D, V = self.n_head, self.head_dim, config.memory_values
-        L = config.memory_expansion * D
-        self.factors = nn.Parameter(torch.empty(2, H, L - D, D))  # A, B
+        self.pairs = config.memory_products
+        rows = self.pairs or (config.memory_expansion - 1) * D
+        self.factors = nn.Parameter(torch.empty(2, H, rows, D))   # A, B
         self.share = nn.Parameter(torch.empty(1, H, 1))           # s
         self.spread = nn.Parameter(torch.empty(H, D, V))          # E
-        return torch.empty(H, V, L)
+        return torch.empty(H, V, D + (self.pairs ** 2 or rows))
 
     def reset_parameters(self):
         """
-        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory; E the first V
-        columns of the identity.
+        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory, or 1 with
+        memory_products; E the first V columns of the identity.
         """
         super().reset_parameters()
         nn.init.normal_(self.factors)
-        nn.init.constant_(self.share, 0.3)
+        nn.init.constant_(self.share, 1.0 if self.pairs else 0.3)
         with torch.no_grad():
             self.spread.copy_(torch.eye(*self.spread.shape[1:]))
 
     def features(self, k):
         """f(k). If no |k| is above 1, no |f(k)| is.   (B, T, H, D) -> (B, T, H, L)"""
         a, b = torch.einsum('bthd,nhfd->nbthf', k, wide(self.factors))
-        p, s = a * b, wide(self.share)
-        p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+        length = torch.linalg.vector_norm
+        s = wide(self.share)
+        if self.pairs:  # divided before the many products are made: |p| = |A k| |B k|
+            norm = length(a, dim=-1, keepdim=True) * length(b, dim=-1, keepdim=True)
+            a = a * (s / norm.clamp_min(LEAST_LENGTH) / (1 + s * s).sqrt())
+            p = (a[..., :, None] * b[..., None, :]).flatten(-2)
+            return torch.cat((k / (1 + s * s).sqrt(), p), dim=-1)
+        p = a * b
+        p = p / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
         return torch.cat((k, s * p), dim=-1) / (1 + s * s).sqrt()
 
     def in_one_call(self, x):

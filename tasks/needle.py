@@ -1,11 +1,12 @@
 """
 Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh et al., arXiv
-2404.06654), for any tokenizer.
+2404.06654), for any tokenizer, and four of our own.
 
 A needle is a sentence such as "One of the special magic numbers for harbor is: 4821907.", inserted
 between two sentences of a haystack. A question at the end asks for the value, which must be in the
-greedy continuation. `prepare.py needle` makes training rows and an evaluation set; `eval_needle.py`
-evaluates a model.
+greedy continuation. `prepare.py needle` makes training rows with keys of one word; the rows of
+`prepare.py ruler` (tasks/ruler.py) have every kind of key. Both write an evaluation set for
+`eval_needle.py`.
 
     task           haystack  values   needles
     pass-key       noise     numbers  1
@@ -14,9 +15,17 @@ evaluates a model.
     multi-key      text      numbers  4 keys, one asked
     multi-value    text      numbers  1 key with 4 values, all asked
     multi-query    text      numbers  4 keys, all asked
+    multi-key-2    needles   numbers  keys of two words; the haystack is needles with other keys
+    multi-key-3    needles   uuids    the same with uuids as keys
+    16-keys        text      numbers  16 keys, one asked
+    64-keys        text      numbers  64 keys, one asked
+    unseen-keys    text      numbers  4 made-up words that are never in training, one asked
+    latest         text      numbers  1 key told twice, the latest value asked, and 3 other keys
 """
+import functools
 import re
 import uuid
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +37,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 NEEDLE = " One of the special magic {kind} for {key} is: {value}."
 ASK_ONE = (" What is the special magic {kind} for {keys} mentioned in the provided text?"
            " The special magic {kind} for {keys} mentioned in the provided text is")
+ASK_LATEST = ASK_ONE.replace('the special', 'the latest special').replace('The s', 'The latest s')
 ASK_ALL = (" What are all the special magic {kind} for {keys} mentioned in the provided text?"
            " The special magic {kind} for {keys} mentioned in the provided text are")
 KEYS = """acorn anchor apple arrow badge banjo barrel basket beacon beetle bottle bridge bucket
@@ -44,17 +54,24 @@ zebra""".split()
 
 
 class Task(NamedTuple):
-    haystack: str     # noise or text
+    haystack: str     # noise, text, or needles: numbers or uuids
     kind: str         # of the values: numbers or uuids
     keys: int = 1     # different keys in the haystack
     values: int = 1   # values of each key
     asked: int = 1    # keys asked for
+    key: str = 'word'     # kind of the keys: see draw_keys
+    latest: bool = False  # the key asked for has an earlier value
 
 
 TASKS = {'pass-key': Task('noise', 'numbers'), 'number': Task('text', 'numbers'),
          'uuid': Task('text', 'uuids'), 'multi-key': Task('text', 'numbers', keys=4),
          'multi-value': Task('text', 'numbers', values=4),
-         'multi-query': Task('text', 'numbers', keys=4, asked=4)}
+         'multi-query': Task('text', 'numbers', keys=4, asked=4),
+         'multi-key-2': Task('numbers', 'numbers', key='words'),
+         'multi-key-3': Task('uuids', 'uuids', key='uuid'),
+         '16-keys': Task('text', 'numbers', keys=16), '64-keys': Task('text', 'numbers', keys=64),
+         'unseen-keys': Task('text', 'numbers', keys=4, key='unseen'),
+         'latest': Task('text', 'numbers', keys=4, latest=True)}
 
 
 def draw_value(rng, kind):
@@ -63,17 +80,62 @@ def draw_value(rng, kind):
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
+def made_up(rng, unseen=False):
+    """Draw a word of two to four syllables. One in four words is never in training: unseen."""
+    while True:
+        syllables = rng.choice(list('bdfgklmnprstvz'), rng.integers(2, 5))
+        word = ''.join(c + v for c, v in zip(syllables, rng.choice(list('aeiou'), 4), strict=False))
+        word += rng.choice(list('lmnrs'))
+        if (zlib.crc32(word.encode()) % 4 == 0) == unseen:
+            return word
+
+
+KEY_KINDS = {'word': lambda rng: str(rng.choice(KEYS)),
+             'words': lambda rng: ' '.join(rng.choice(KEYS, 2, replace=False)),
+             'made-up': made_up, 'unseen': lambda rng: made_up(rng, unseen=True),
+             'uuid': lambda rng: draw_value(rng, 'uuids')}
+
+
+def draw_keys(rng, kind, n):
+    """Draw n different keys: a word, two words, a made-up word (unseen: of evaluation) or a uuid"""
+    keys = {}
+    while len(keys) < n:
+        keys[KEY_KINDS[kind](rng)] = None
+    return list(keys)
+
+
+def needle_text(kind, key, value):
+    return NEEDLE.format(kind=kind, key=key, value=value)
+
+
+RING = {'numbers': 8000, 'uuids': 2000}  # needles of a haystack of needles: 150,000 tokens
+
+
+@functools.cache
+def ring(kind):
+    """
+    A haystack of needles, as text, the same for every evaluation, and keys that are not in it.
+    (A context longer than the ring has needles twice, with the same value.) -> text, [key]
+    """
+    rng, size = generator(f'needle ring {kind}'), RING[kind]
+    keys = draw_keys(rng, {'numbers': 'words', 'uuids': 'uuid'}[kind], size + 1000)
+    text = ''.join(needle_text(kind, key, draw_value(rng, kind)) for key in keys[:size])
+    return text, keys[size:]
+
+
 def listing(items):
     return items[0] if len(items) == 1 else ', '.join(items[:-1]) + ', and ' + items[-1]
 
 
-def question(kind, facts, keys):
+def question(kind, facts, keys, latest=False):
     """
-    Ask for the values of some keys. facts: [(key, value)] in the order of the text.
-    -> question, answer, [value]
+    Ask for the values of some keys, or for the latest value of one. facts: [(key, value)] in the
+    order of the text. -> question, answer, [value]
     """
-    values = [value for key, value in facts if key in keys]
+    values = [value for key, value in facts if key in keys][-1 if latest else 0:]
     answer = ' ' + ', '.join(values) + '.'
+    if latest:
+        return ASK_LATEST.format(kind=kind[:-1], keys=keys[0]), answer, values
     if len(values) == 1:
         return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer, values
     return ASK_ALL.format(kind=kind, keys=listing(keys)), answer, values
@@ -119,6 +181,11 @@ class Haystack:
         """Map u in [0, 1) to a sentence boundary of the ring: the end of a haystack."""
         return int(self.ends[int(u * len(self.ends))])
 
+    @staticmethod
+    def least(inserts):
+        """The fewest tokens of a haystack with these inserts."""
+        return sum(map(len, inserts))
+
     def boundary(self, position):
         """The sentence boundary nearest to a position; positions continue round the ring."""
         turn, offset = divmod(position, len(self.ids))
@@ -163,24 +230,39 @@ def vocabulary():
     return f" {NOISE}{frames} number numbers uuid uuids and {' '.join(KEYS)} {digits}"
 
 
-def evaluation_set(seed, samples=200):
+def sample(rng, task):
     """
-    -> {task: samples}, as text. A sample has 'facts' [key, value, depth], the keys 'asked' for, and
-    'place', which picks the part of the text that is its haystack. depth in [0, 1] is where the
-    needle is; the evaluation sets another depth for the first needle that is asked for.
+    Draw what an evaluation asks, as text:
+
+        needles   [text, depth]; the first one asked for has depth None: the evaluation sets it
+        span      where the depths in [0, 1] of the others are: in all of the haystack, or in the
+                  part before (or after) the first one asked for
+        ask       the question
+        answer    as in training; other answers that have all `values` are as good
+        values    what the answer must have
+        place     in [0, 1), picks the part of the text that is the haystack
     """
-    sets = {}
-    for number, (name, task) in enumerate(TASKS.items()):
-        sets[name] = []
-        for i in range(samples):
-            rng = generator('needle evaluation', seed, number, i)
-            names = rng.choice(KEYS, task.keys, replace=False).tolist()
-            facts = [(*fact, float(rng.random()))
-                     for fact in draw_facts(rng, task.kind, names, task.values)]
-            keys = sorted({key for key, _, _ in facts})
-            asked = rng.choice(keys, task.asked, replace=False).tolist()
-            sets[name].append({'facts': facts, 'asked': asked, 'place': float(rng.random())})
-    return sets
+    if task.key == 'word':
+        names = rng.choice(KEYS, task.keys, replace=False).tolist()
+    elif task.key == 'unseen':
+        names = draw_keys(rng, task.key, task.keys)
+    else:  # a key that is not in the haystack
+        names = [str(rng.choice(ring(task.kind)[1]))]
+    facts = [(*fact, float(rng.random()))
+             for fact in draw_facts(rng, task.kind, names, task.values)]
+    asked = rng.choice(sorted({key for key, _, _ in facts}), task.asked, replace=False).tolist()
+    first = next(i for i, (key, _, _) in enumerate(facts) if key in asked)
+    if task.latest:
+        earlier, latest = draw_facts(rng, task.kind, asked, 2)
+        told = [earlier, *(fact[:2] for fact in facts if fact[0] not in asked), latest]
+        facts = [(*fact, depth) for fact, depth in zip(told, sorted(rng.random(len(told))),
+                                                       strict=True)]
+        first = len(facts) - 1
+    ask, answer, values = question(task.kind, [fact[:2] for fact in facts], asked, task.latest)
+    return {'needles': [[needle_text(task.kind, key, value), None if i == first else float(depth)]
+                        for i, (key, value, depth) in enumerate(facts)],
+            'span': 'before' if task.latest else 'all', 'ask': ask, 'answer': answer,
+            'values': values, 'place': float(rng.random())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,25 +296,40 @@ def quiz(rng, tokenizer, haystacks, length, names):
     """Draw one text of a training row. names: the four keys it may use. -> ids, weights"""
     haystack = haystacks['text' if rng.integers(2) else 'noise']
     kind, facts = quiz_facts(rng, names)
-    inserts = [(depth, tokenizer.encode(NEEDLE.format(kind=kind, key=key, value=value)))
+    inserts = [(depth, tokenizer.encode(needle_text(kind, key, value)), [])
                for depth, key, value in facts]
-    while sum(len(ids) for _, ids in inserts) > length / 2:
+    while sum(len(ids) for _, ids, _ in inserts) > length / 2:
         facts.pop()
         inserts.pop()
-    room = length * rng.uniform(0.4, 0.9) - sum(len(ids) for _, ids in inserts)
-    answers = {}  # index of an insert -> weights of its last tokens
-    for depth, ids, answer_weights in quiz_questions(rng, tokenizer, kind, facts, room):
-        answers[len(inserts)] = answer_weights
-        inserts.append((depth, ids))
-    rest = length - sum(len(ids) for _, ids in inserts)
+    room = length * rng.uniform(0.4, 0.9) - sum(len(ids) for _, ids, _ in inserts)
+    inserts += quiz_questions(rng, tokenizer, kind, facts, room)
+    return lay_out(rng, haystack, length, inserts)
+
+
+def lay_out(rng, haystack, length, inserts):
+    """
+    A text of `length` tokens: a haystack with inserts [(depth, ids, weights)]. The weights, which
+    may be none, are of an answer: of the last tokens of the insert; the others are a question.
+    -> ids, weights
+    """
+    rest = length - sum(len(ids) for _, ids, _ in inserts)
+    parts = haystack.fill(haystack.place(rng.random()), rest, [part[:2] for part in inserts])
     ids, weights = [], []
-    for part, index in haystack.fill(haystack.place(rng.random()), rest, inserts):
+    for part, index in parts:
         ids.append(part)
         weights.append(np.ones(len(part), np.uint16))
-        if index in answers:
+        answer = [] if index is None else inserts[index][2]
+        if len(answer):
             weights[-1][:] = QUESTION_WEIGHT
-            weights[-1][-len(answers[index]):] = answers[index]
+            weights[-1][-len(answer):] = answer
     return np.concatenate(ids), np.concatenate(weights)
+
+
+def answer_weights(tokenizer, values, tokens):
+    """The weights of an answer with these values, which has so many tokens."""
+    shares = [1 / min(i, FIRST) for value in values
+              for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
+    return np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:tokens]))
 
 
 def quiz_facts(rng, names):
@@ -240,7 +337,12 @@ def quiz_facts(rng, names):
     kind = 'numbers' if rng.integers(8) else 'uuids'
     shapes = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)]
     keys, values = shapes[rng.integers(8)]
-    facts = draw_facts(rng, kind, names[:keys], values)
+    facts = make_alike(rng, kind, draw_facts(rng, kind, names[:keys], values))
+    return kind, sorted((float(rng.uniform(0, 0.6)), key, value) for key, value in facts)
+
+
+def make_alike(rng, kind, facts):
+    """Make the values of half of the texts alike, so that the model needs the key. -> facts"""
     if rng.integers(2):
         # all values begin with the same character: the model needs the key beyond the first token
         first = facts[0][1][0]
@@ -250,7 +352,7 @@ def quiz_facts(rng, names):
         few = rng.permutation(10)[:rng.integers(3, 6)]
         facts = [(key, ''.join(str(few[int(digit) % len(few)]) for digit in value))
                  for key, value in facts]
-    return kind, sorted((float(rng.uniform(0, 0.6)), key, value) for key, value in facts)
+    return facts
 
 
 def quiz_questions(rng, tokenizer, kind, facts, room):
@@ -266,13 +368,11 @@ def quiz_questions(rng, tokenizer, kind, facts, room):
         ask, answer, values = question(kind, [fact[1:] for fact in facts], asked)
         if len(values) == 1 and rng.integers(2):
             # in the words of the needle: this teaches to store which value belongs to which key
-            ask = NEEDLE.format(kind=kind, key=asked[0], value='').removesuffix(' .')
+            ask = needle_text(kind, asked[0], '').removesuffix(' .')
         ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
         room -= len(ask) + len(answer)
         if room < 0:
             return
-        shares = [1 / min(i, FIRST) for value in values
-                  for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
-        weights = np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(answer)]))
+        weights = answer_weights(tokenizer, values, len(answer))
         last_needle = max(depth for depth, key, _ in facts if key in asked)
         yield float(rng.uniform(last_needle, 1)), ask + answer, weights

@@ -12,7 +12,6 @@ from test_cli import TINY
 import eval_babi
 import prepare
 import train
-from nanotitans.cells import Evaluation
 from nanotitans.dataset import WEIGHT, Dataset
 from nanotitans.reader import Reader
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
@@ -101,7 +100,7 @@ def test_every_answer_of_a_row_follows_from_its_facts_and_weighs_most(rows):
 
 
 def test_every_answer_of_the_evaluation_follows_from_its_facts(folder):
-    samples = Evaluation(str(folder / 'babi')).samples['stories']
+    samples = eval_babi.evaluation_set(str(folder / 'babi')).samples['stories']
     news = []
     for sample in samples:
         text = ''.join(fact for fact, _ in sample['facts'])
@@ -125,7 +124,7 @@ def test_training_rows_keep_some_pairs_for_the_evaluation(rows, folder):
     pairs = {(person, thing) for person in babi.PEOPLE for thing in babi.PLACES + babi.OBJECTS}
     kept = {pair for pair in pairs if babi.held_out(*pair)}
     assert len(kept) == len(pairs) / 4 and 0.9 < len(told) / len(pairs - kept) <= 1
-    for sample in Evaluation(str(folder / 'babi')).samples['stories']:
+    for sample in eval_babi.evaluation_set(str(folder / 'babi')).samples['stories']:
         story = facts_of(''.join(fact for fact, _ in sample['facts']))
         assert story and not [text for text, *_ in rows if facts_of(text)[:len(story)] == story]
 
@@ -134,7 +133,7 @@ def test_the_haystack_and_a_guess_do_not_give_the_answer(folder):
     """No haystack names a place, person or object. The best guess is wrong two times in three."""
     words = set(re.findall(r'\w+', needle.reference()))
     assert not words & {*babi.PLACES, *babi.PEOPLE, *babi.OBJECTS}
-    samples = Evaluation(str(folder / 'babi')).samples['stories']
+    samples = eval_babi.evaluation_set(str(folder / 'babi')).samples['stories']
     shares = babi.guess(samples)
     assert all(1 / 12 < share < 1 / 3 for share in shares.values())
     fact = [' Mary went to the park.', 0.5]
@@ -216,7 +215,7 @@ def test_a_perfect_model_scores_100_and_without_writing_0(results, monkeypatch, 
 @torch.no_grad()
 def test_a_streamed_answer_is_that_of_the_text_read_at_once(folder):
     reader = Reader(str(folder / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
-    asker = eval_babi.Asker(reader, Evaluation(str(folder / 'babi')))
+    asker = eval_babi.Asker(reader, eval_babi.evaluation_set(str(folder / 'babi')))
     samples = asker.samples[:2]
     questions = [(np.concatenate(list(asker.text(sample, 2500))), *question)
                  for sample in samples for question in sample['questions']]
@@ -262,4 +261,4 @@ def test_a_model_without_these_words_is_refused(folder):
     reader = Reader(str(folder / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     reader.tokenizer = word_tokenizer(' Mary', '', 1)
     with refusal('an answer has several tokens', 'prepare.py babi'):
-        eval_babi.Asker(reader, Evaluation(str(folder / 'babi')))
+        eval_babi.Asker(reader, eval_babi.evaluation_set(str(folder / 'babi')))

@@ -263,9 +263,11 @@ def test_it_remembers():
     assert_close(module.read(state.weights, k), v, **EXACT)
 
 
-def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values():
+@pytest.mark.parametrize('pairs', [0, 3])
+def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values(pairs):
     """They equal reference.py on features, with gradients, in calls of any lengths."""
-    module = memory(2, memory_values=2, memory_expansion=3, memory_momentum=0.5)
+    module = memory(2, memory_values=2, memory_expansion=3, memory_products=pairs,
+                    memory_momentum=0.5)
     lengths = 3, 1, 20, 1
     tokens = [x.requires_grad_() for x in drawn(sum(lengths))]
     q, k, v, gates = tokens
@@ -273,13 +275,16 @@ def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values():
 
     def wider(x):
         a, b = module.factors
-        p = torch.stack([torch.stack([(a[h] @ row[h]) * (b[h] @ row[h]) for h in range(H)])
+        product = torch.outer if pairs else torch.mul
+        p = torch.stack([torch.stack([product(a[h] @ row[h], b[h] @ row[h]).flatten()
+                                      for h in range(H)])
                          for row in x.flatten(0, 1)]).unflatten(0, x.shape[:2])
         p = module.share * p / p.norm(dim=-1, keepdim=True).clamp_min(0.1)
         return torch.cat((x, p), dim=-1) / (1 + module.share ** 2).sqrt()
 
-    assert wider(k).shape[-1] == 3 * D and wider(k).norm(dim=-1).max() < 1 + 1e-9
-    W = module.initial.expand(B, H, 2, 3 * D)
+    L = D + pairs ** 2 if pairs else 3 * D
+    assert wider(k).shape[-1] == L and wider(k).norm(dim=-1).max() < 1 + 1e-9
+    W = module.initial.expand(B, H, 2, L)
     narrow = torch.einsum('bthd,hdv->bthv', v, module.spread)
     want, (W,), _ = recurrence([W], [torch.zeros_like(W)], wider(q), wider(k), narrow, gates)
     want = torch.einsum('bthv,hdv->bthd', want, module.spread)

@@ -470,7 +470,8 @@ def test_defaults_stay():
         'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'dropout': 0.0, 'bias': False,
         'tie_weights': True, 'segment_len': 128, 'checkpoint_segments': False, 'window_len': 128,
         'num_persist_mem': 4, 'num_longterm_mem': 0, 'memory_depth': 1, 'memory_expansion': 2,
-        'memory_values': 0, 'memory_heads': 0, 'memory_conv': 4, 'memory_gates': 'sigmoid',
+        'memory_values': 0, 'memory_products': 0, 'memory_heads': 0, 'memory_conv': 4,
+        'memory_gates': 'sigmoid',
         'memory_lr': 0.4, 'memory_max_lr': 0.5, 'memory_momentum': 0.0, 'memory_decay': 0.001,
         'memory_layers': 'all', 'attn_conv': 0,
             'memory_rule': 'titans'}
@@ -482,6 +483,7 @@ def test_defaults_stay():
     ({'memory_heads': 5}, ('n_embd=768', 'memory_heads=5', 'memory_heads=4 or n_embd=770 fits')),
     ({'memory_depth': 5}, ('memory_depth=5', '[1, 4]')),
     ({'memory_depth': 0}, ('memory_depth=0', '[1, 4]')),
+    ({'memory_depth': 2, 'memory_products': 8}, ('memory_products=8', 'needs memory_values')),
     ({'memory_momentum': 1.0, 'memory_gates': 'hard'}, ('memory_momentum=1.0', '[0, 1)')),
     ({'memory_conv': 1}, ('memory_conv=1',)),
     ({'memory_layers': '0,12'}, ("memory_layers='0,12'", 'n_layer-1=11')),

@@ -12,13 +12,14 @@ import eval_context
 import eval_needle
 import prepare
 import train
-from eval_needle import Asker, Evaluation, NeedleConfig
+from eval_needle import Asker, NeedleConfig, evaluation_set
 from nanotitans.configurator import UserError
 from nanotitans.dataset import WEIGHT, Dataset
 from nanotitans.reader import Reader
 from nanotitans.tokenizer import Tokenizer, word_tokenizer
 from tasks import needle
-from tasks.needle import TASKS, Haystack, training_row
+from tasks.needle import Haystack, training_row
+from tasks.ruler import HAYSTACKS, TASKS, haystack
 
 TEXT = ' '.join(f"Sentence {i} of this long tale says that {'very ' * (i % 5)}little happens."
                 for i in range(1500))
@@ -138,22 +139,21 @@ def test_fill_has_the_length_in_parts_and_keeps_sentences_whole(length):
 
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('tokenizer', tokenizers(), ids=lambda t: t.spec['kind'])
-def test_contexts_are_equally_long_and_hold_every_value(workspace, task, tokenizer):
-    asker, evaluation = Asker.__new__(Asker), Evaluation('data/needle')
-    asker.haystacks = {'noise': Haystack(needle.NOISE, tokenizer),
-                       'text': Haystack(evaluation.text, tokenizer)}
-    asker.samples = {task: [Asker.tokens(TASKS[task], sample, tokenizer.encode)
+def test_contexts_are_equally_long_and_hold_every_needle(workspace, task, tokenizer):
+    asker, evaluation = Asker.__new__(Asker), evaluation_set('data/needle')
+    asker.haystacks = {HAYSTACKS[task]: haystack(HAYSTACKS[task], evaluation.text, tokenizer)}
+    asker.samples = {task: [Asker.tokens(sample, tokenizer.encode)
                             for sample in evaluation.samples[task][:5]]}
-    for length in asker.shortest_context(task), 3000:
+    shortest = asker.shortest_context(task)
+    for length in shortest, shortest + 2000:
         for depth in 0.0, 0.5, 1.0:
-            for sample in asker.samples[task]:
+            for sample, texts in zip(asker.samples[task], evaluation.samples[task], strict=False):
                 blocks = list(asker.prompt(task, sample, length, depth))
                 assert {len(b) for b in blocks[:-1]} <= {eval_needle.PIECE} and len(blocks[-1]) >= 1
                 assert sum(map(len, blocks)) == length - asker.answer_len(task)
                 text = tokenizer.decode(np.concatenate(blocks).tolist())
-                assert all(f": {value}." in text for value in sample['values'])
-                assert text.endswith((' is', ' are'))
-                assert len(sample['values']) == TASKS[task].values * TASKS[task].asked
+                assert all(needle in text for needle, _ in texts['needles'])
+                assert text.endswith(texts['ask'])
 
 
 # -- scores
@@ -192,7 +192,7 @@ class Parrot(torch.nn.Module):
 
 def open_asker(out_dir, **options):
     config = NeedleConfig(out_dir=out_dir, device='cpu', **options)
-    return Asker(config.open(out_dir), config, Evaluation('data/needle'))
+    return Asker(config.open(out_dir), config, evaluation_set('data/needle'))
 
 
 @pytest.mark.parametrize('task', ['pass-key', 'uuid'])
@@ -333,10 +333,22 @@ def test_prepare_needle_refuses(workspace, argv, words):
     assert not os.path.exists('data/needle.partial')
 
 
+@pytest.mark.parametrize('change', [
+    lambda samples: samples.pop('latest'),
+    lambda samples: samples.update({'pass-key': [{'facts': [['harbor', '4821907', 0.5]]}]})])
+def test_an_evaluation_set_of_an_older_version_is_refused(workspace, tmp_path, change):
+    with open('data/needle/eval.json') as f:
+        content = json.load(f)
+    change(content['samples'])
+    (tmp_path / 'eval.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='older version; run: python prepare.py needle'):
+        evaluation_set(str(tmp_path))
+
+
 def test_any_prepared_text_is_a_haystack(workspace, tmp_path):
     prepare.main(['text', '--train_path=tale.txt', f'--data_dir={tmp_path}'])
     prepare.main(['needle', '--haystack=text', '--rows=16', f'--data_dir={tmp_path}'])
-    assert Evaluation(f'{tmp_path}/needle').text.strip() in TEXT
+    assert evaluation_set(f'{tmp_path}/needle').text.strip() in TEXT
 
 
 def test_update_memory_false_runs_only_the_control(workspace):
