@@ -26,7 +26,7 @@ import torch
 
 from nanotitans import configurator
 from nanotitans.configurator import Count, Natural, UserError, check_ranges
-from nanotitans.figures import pyplot, run_names, save_figure
+from nanotitans.figures import pyplot, run_names, save_figure, short_count
 from nanotitans.files import save_json
 from nanotitans.reader import ReaderConfig, memory_modes, state_bytes
 from nanotitans.seeds import generator
@@ -95,19 +95,17 @@ def draw(results, task, path):
         line, = left.plot(task.test_levels, shares, **style)
         if not name.endswith(NEVER):
             size = np.mean([level['state_bytes'] for level in levels.values()])
-            right.plot(size, np.mean(shares), 'o', color=line.get_color())
-            right.annotate(labels[name], (size, np.mean(shares)), fontsize=8,
-                           xytext=(4, 4), textcoords='offset points')
+            right.plot(size, np.mean(shares), 'o', color=line.get_color(), alpha=0.7)
     left.plot(task.test_levels, [100 * task.chance(level) for level in task.test_levels],
               color='black', linestyle='--', label='chance')
     left.set_xscale('log', base=2)
     left.set_xticks(task.test_levels, task.test_levels)
     left.minorticks_off()
     left.set(xlabel=task.unit, ylabel='right answers, %', ylim=(-3, 103))
-    left.legend(fontsize=8)
-    right.set_xscale('log')
-    right.set(xlabel='bytes of state (mean over the levels)')
-    right.margins(x=0.25)
+    figure.legend(fontsize=8, loc='outside right upper')
+    right.set_xscale('log', base=2)
+    right.xaxis.set_major_formatter(lambda size, _: short_count(int(size)))
+    right.set(xlabel='bytes of state (means over the levels)')
     for axes in left, right:
         axes.grid(alpha=0.3)
     save_figure(figure, path)
