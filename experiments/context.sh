@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Where does a memory begin to pay? Models that read on through the text, a window of 64 without a memory,
-# and a Transformer that sees 1,024 bytes; loss against position up to 64K. 40 minutes on one core.
+# and a Transformer that sees 1,024 bytes; loss against position up to 64K. 30 minutes on one core.
 source "$(dirname "$0")/common.sh"
 
-CARRY='--carry_state --block_size=256 --batch_size=4 --max_iters=1200'
+CARRY='--carry_state --block_size=256 --batch_size=4 --max_iters=800'
 MODELS="lmm         $CARRY --arch=lmm --n_embd=148
 gated-delta $CARRY --arch=lmm --n_embd=148 --memory_rule=gated_delta
 mac         $CARRY --arch=mac
 mag-conv    $CARRY --arch=mag --attn_conv=4
 window-conv $CARRY --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
-gpt-conv    --block_size=1024 --batch_size=1 --max_iters=1200 --arch=gpt --n_embd=152 --attn_conv=4"
+gpt-conv    --block_size=1024 --batch_size=1 --max_iters=800 --arch=gpt --n_embd=152 --attn_conv=4"
 
 # another text: DATASET=shakespeare_char, prepared before
 data=${DATASET:-stdlib}
