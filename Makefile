@@ -29,7 +29,7 @@ demo: .venv/ready
 needle: .venv/ready
 	$(BIN)/python prepare.py needle
 	$(BIN)/python train.py config/needle_cpu.py
-	$(BIN)/python train.py config/needle_cpu.py --arch=gpt --n_embd=104 --out_dir=out/needle_gpt_cpu
+	$(BIN)/python train.py config/needle_cpu.py --arch=gpt --n_embd=104 --attn_conv=8 --out_dir=out/needle_gpt_cpu
 	$(BIN)/python plot.py out/needle_cpu out/needle_gpt_cpu
 	$(BIN)/python eval_needle.py --out_dir=out/needle_cpu --baseline=out/needle_gpt_cpu --samples=20 --cell_tokens=65536
 
