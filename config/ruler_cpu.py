@@ -19,7 +19,7 @@ memory_decay = 0.0
 
 block_size = 1024
 batch_size = 2
-max_iters = 4000
+max_iters = 3000
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
