@@ -1,6 +1,5 @@
-# Stories in haystacks (generated bAbI) on a CPU: docs/results/babi.md has what it then answers. A
-# second command closes the gates on what is still written of other text:
-#   python train.py config/babi_cpu.py --init_from=resume --max_iters=4800 --write_cost=10
+# Stories in haystacks (generated bAbI) on a CPU: the first part of `make babi`, which then raises the
+# price on writing (experiments/babi.sh). docs/results/babi.md has what the model answers.
 out_dir = 'out/babi_cpu'
 dataset = 'babi'
 
