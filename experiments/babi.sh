@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Stories in texts of up to a million tokens: a memory, the same never written, and a Transformer. An
-# hour on one core. The price on writing rises in steps: asked at once, it would close the gates on
-# facts too.
+# hour on one core. The price on writing rises in steps, until next to nothing of other text is written.
 source "$(dirname "$0")/common.sh"
 
 run prepare.py babi
