@@ -1,5 +1,5 @@
-# Stories in haystacks (generated bAbI) on a CPU: the first part of `make babi`, which then raises the
-# price on writing (experiments/babi.sh). docs/results/babi.md has what the model answers.
+# Stories in haystacks (generated bAbI) on a CPU: the first part of `make babi`, which then raises
+# the price on writing (experiments/babi.sh). docs/results/babi.md has what the model answers.
 out_dir = 'out/babi_cpu'
 dataset = 'babi'
 
