@@ -124,15 +124,16 @@ def draw(cells, titles, chances, path):
     lengths = sorted({cell['length'] for cell in cells})
     for panel, task in zip(panels, TASKS, strict=True):
         for name, title in titles.items():
-            shares = [100 * c['tasks'][task]['accuracy'] for c in cells if c['model'] == name]
-            panel.plot(lengths, shares, ':' if name == 'never written' else '-', marker='o',
-                       label=title)
+            points = [(c['length'], 100 * c['tasks'][task]['accuracy'])
+                      for c in cells if c['model'] == name]
+            panel.plot(*zip(*points, strict=True), ':' if name == 'never written' else '-',
+                       marker='o', label=title)
         panel.axhline(100 * chances[task], color='black', linestyle='--', label='best guess')
         panel.set_xscale('log', base=2)
         panel.set_xticks(lengths, [short_count(n) for n in lengths])
         panel.minorticks_off()
-        panel.set(title=f"{task}: {TASKS[task].format('...', '...')} ...", ylim=(-3, 103),
-                  xlabel='tokens of text')
+        question = TASKS[task].format('...', '...').removesuffix(' In the')
+        panel.set(title=f'{task}: {question}', xlabel='tokens of text', ylim=(-3, 103))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('right answers, %')
     panels[0].legend(fontsize=8)

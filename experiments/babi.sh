@@ -10,5 +10,5 @@ while read -r steps price; do
 done <<< '4800 10
 6000 15
 6800 40'
-run train.py config/babi_cpu.py --arch=gpt --attn_conv=4 --n_embd=104 --max_iters=4800 --out_dir=out/babi_gpt_cpu
+run train.py config/babi_cpu.py --arch=gpt --attn_conv=4 --n_embd=104 --max_iters=2400 --out_dir=out/babi_gpt_cpu
 run eval_babi.py --out_dir=out/babi_cpu --baseline=out/babi_gpt_cpu --samples=100
