@@ -217,12 +217,12 @@ def test_a_streamed_answer_is_that_of_the_text_read_at_once(folder):
     reader = Reader(str(folder / 'mac' / 'ckpt.pt'), 'cpu', 'float32')
     asker = eval_babi.Asker(reader, eval_babi.evaluation_set(str(folder / 'babi')))
     samples = asker.samples[:2]
-    questions = [(np.concatenate(list(asker.text(sample, 2500))), *question)
+    questions = [(np.concatenate(list(asker.text(sample, 1100))), *question)
                  for sample in samples for question in sample['questions']]
     logits = []
     reader.model.register_forward_hook(lambda model, args, out: logits.append(out[0]))
     for update_memory in True, False:
-        found = list(asker.answers(samples, 2500, update_memory, lambda tokens: None))
+        found = list(asker.answers(samples, 1100, update_memory, lambda tokens: None))
         streamed = logits[-len(questions):]
         for (text, task, ask, answer, new), got, row in zip(questions, streamed, found,
                                                             strict=True):
