@@ -68,7 +68,9 @@ def records(data):
 
 def in_wandb(config):
     """-> {(name, step): value}, run ids and exit statuses in the .wandb files, oldest first"""
+    import wandb
     from wandb.proto import wandb_internal_pb2
+    wandb.teardown()  # its service writes on after finish(); this waits until it has ended
     values, ids, exits = {}, [], []
     files = Path(config.out_dir, 'wandb').glob('offline-run-*/*.wandb')
     for path in sorted(files, key=os.path.getmtime):
