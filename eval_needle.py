@@ -76,7 +76,8 @@ class NeedleConfig(ReaderConfig):
 
 
 def evaluation_set(folder):
-    return EvaluationSet(folder, 'needle', TASKS, 'needles')
+    made_by = 'ruler' if os.path.basename(folder) == 'ruler' else 'needle'
+    return EvaluationSet(folder, made_by, TASKS, 'needles')
 
 
 class Asker:

@@ -333,6 +333,12 @@ def test_prepare_needle_refuses(workspace, argv, words):
     assert not os.path.exists('data/needle.partial')
 
 
+@pytest.mark.parametrize('name', ['needle', 'ruler'])
+def test_a_missing_evaluation_set_names_its_command(tmp_path, name):
+    with pytest.raises(UserError, match=f'no evaluation set here; run: python prepare.py {name}'):
+        evaluation_set(f'{tmp_path}/{name}')
+
+
 @pytest.mark.parametrize('change', [
     lambda samples: samples.pop('latest'),
     lambda samples: samples.update({'pass-key': [{'facts': [['harbor', '4821907', 0.5]]}]})])
