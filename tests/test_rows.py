@@ -118,6 +118,13 @@ def test_mad_asks_for_the_values_of_keys_that_were_told(name, level, tokens, key
     assert (0.15 < noise < 0.25) == (name == 'mad_noisy') and (noise > 0) == (name == 'mad_noisy')
 
 
+@pytest.mark.parametrize('name', ['mad_recall', 'mad_noisy'])
+def test_the_last_key_of_mad_was_told_even_in_a_short_row(name):
+    for seed in range(40):
+        ids, weights = TASKS[name].row(np.random.default_rng(seed), 6)
+        assert weights[-1] and ids[4] in ids[:4:2]
+
+
 @pytest.mark.parametrize('count', TASKS['mad_copy'].test_levels)
 def test_mad_copy_repeats_the_symbols(count):
     ids, weights = TASKS['mad_copy'].row(np.random.default_rng(count), count)
