@@ -82,7 +82,8 @@ class TrainConfig(TitansConfig):
     doc_reset: bool = False         # start each document of a row with a fresh memory
     # memory in training
     carry_state: bool = False       # each row reads on where it stopped, with the memory it had
-    reset_prob: Share = 0.05        # carry_state: probability that a step resets a row's memory
+    reset_prob: Share = 0.05        # carry_state: probability that a row begins a step with a fresh
+                                    # memory, at a random place of the text
     tbptt: Natural = 0              # tokens between two cuts of the autograd graph; 0: no cut
     update_memory: bool = True      # False: the memory is never written, for comparison
     write_cost: NotNegative = 0.0   # price of writing, nats per unit of mean theta; it makes hard

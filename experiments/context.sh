@@ -3,7 +3,7 @@
 # and a Transformer that sees 1,024 bytes; loss against position up to 64K. 30 minutes on one core.
 source "$(dirname "$0")/common.sh"
 
-CARRY='--carry_state --block_size=256 --batch_size=4 --max_iters=800'
+CARRY='--carry_state --reset_prob=0.2 --block_size=256 --batch_size=4 --max_iters=800'
 MODELS="lmm         $CARRY --arch=lmm --n_embd=148
 gated-delta $CARRY --arch=lmm --n_embd=148 --memory_rule=gated_delta
 mac         $CARRY --arch=mac

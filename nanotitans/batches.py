@@ -17,6 +17,7 @@ class Batches:
         self.data, self.config, self.process = data, config, process
         self.rows = config.batch_size * config.gradient_accumulation_steps  # of all processes
         self.micro_batches = process.share(self.rows, config.batch_size)  # this process's rows
+        self.at_first = self.known = 0, np.zeros(self.rows, int)  # a step, and began(step)
 
     # -- training
 
@@ -24,8 +25,8 @@ class Batches:
         """The Batch of some rows (a slice) of a training step."""
         config = self.config
         if config.carry_state:
-            return self.data.contiguous('train', self.rows, config.block_size, step, config.seed,
-                                        rows)
+            return self.data.contiguous('train', config.block_size, step, self.began(step),
+                                        config.seed, rows)
         rng = generator('train rows', config.seed, step)
         return self.data.random('train', self.rows, config.block_size, rng, rows)
 
@@ -51,10 +52,21 @@ class Batches:
         weight = self.rows * self.config.block_size / max(self.process.sum(count)[0], 1)
         return [b._replace(weights=np.full(b.x.shape, weight, np.float32)) for b in batches]
 
-    def fresh_rows(self, step, rows):
-        """A random bool for each row (len(rows),): does it begin the step with a fresh memory?"""
+    def fresh_rows(self, step, rows=slice(None)):
+        """
+        A random bool for each row (len(rows),): does it begin a text at this step, with a fresh
+        memory, at a random place?
+        """
         chance = generator('rows that begin afresh', self.config.seed, step).random(self.rows)
         return chance[rows] < self.config.reset_prob
+
+    def began(self, step):
+        """The step, not after this one, at which each row last began a text."""
+        known, began = self.known if self.known[0] <= step else self.at_first
+        for later in range(known + 1, step + 1):
+            began = np.where(self.fresh_rows(later), later, began)
+        self.known = step, began
+        return began
 
     # -- evaluation: the same batches for every run, whatever its seed
 
@@ -74,7 +86,8 @@ class Batches:
         first, end = (config.batch_size * r // process.world
                       for r in (process.rank, process.rank + 1))
         rows = slice(first, end) if end > first else slice(0, 1)
-        batch = self.data.contiguous('val', config.batch_size, config.block_size, i, 1, rows)
+        began = np.zeros(config.batch_size, int)
+        batch = self.data.contiguous('val', config.block_size, i, began, 1, rows)
         return batch, end > first
 
     # -- to the device

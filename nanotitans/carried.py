@@ -11,7 +11,7 @@ from nanotitans.files import error_reason
 
 def which_rows(config):
     """The options that decide which text each row reads."""
-    return {'block_size': config.block_size, 'seed': config.seed,
+    return {'block_size': config.block_size, 'seed': config.seed, 'reset_prob': config.reset_prob,
             'batch_size x gradient_accumulation_steps':
                 config.batch_size * config.gradient_accumulation_steps,
             'doc_reset, at multiples of': config.text_unit() if config.doc_reset else 0}

@@ -310,13 +310,18 @@ class Dataset:
         starts = rng.integers(0, self.num_starts(split, block_size), rows)[mine]
         return self.layout.batch(split, starts * self.layout.unit, block_size)
 
-    def contiguous(self, split: str, rows: int, block_size: int, step: int, seed: int,
+    def contiguous(self, split: str, block_size: int, step: int, began: np.ndarray, seed: int,
                    mine: slice = slice(None)) -> Batch:
         """
-        A Batch in which each row goes on where it ended at step - 1. After the end of the split it
-        goes on from the beginning. Of these rows only the slice `mine`.
+        A Batch of rows that read on from step to step. Rows that began their text at step 0 started
+        evenly spread, a row that began at a later step, began[row], at a random place. After the
+        end of the split a row goes on from the beginning. Of these rows only the slice `mine`.
         """
         num_starts, unit = self.num_starts(split, block_size), self.layout.unit
         first = generator(f'{split} rows that read on', seed).integers(num_starts)
-        starts = (first + np.arange(rows) * (num_starts // rows)) * unit + step * block_size
+        starts = first + np.arange(len(began)) * (num_starts // len(began))
+        for row in np.flatnonzero(began):
+            rng = generator(f'{split} rows that begin', seed, int(began[row]), int(row))
+            starts[row] = rng.integers(num_starts)
+        starts = starts * unit + (step - began) * block_size
         return self.layout.batch(split, (starts % (num_starts * unit))[mine], block_size)

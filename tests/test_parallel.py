@@ -200,7 +200,7 @@ def test_a_carried_document_does_not_depend_on_the_one_before(data_dir, tmp_path
     for change in (False, True):
         state, outputs, begins_after = None, [], []
         for step in range(12):
-            batch = run.data.contiguous('train', 1, 16, step, run.config.seed)
+            batch = run.batches.training(step, slice(None))
             if change and step < 9:
                 batch.x[:] = (batch.x + 1) % 256
             (x, y, _, begins), = run.batches.spans(batch)

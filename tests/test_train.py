@@ -1,5 +1,6 @@
 """The trainer: it resumes to the bit, reads the data it should, leaks nothing, survives NaN."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -77,15 +78,23 @@ def test_evaluation_does_not_disturb_training(data_dir, tmp_path):
     assert same(*ends)
 
 
-def test_contiguous_rows_start_evenly_spread_and_read_on(data_dir):
-    data = Dataset(data_dir, 'tiny')
-    x, y, *_ = data.contiguous('train', 4, 16, 0, seed=1)
-    x_next = data.contiguous('train', 4, 16, 1, seed=1).x
-    assert (y[:, :-1] == x[:, 1:]).all() and (y[:, -1] == x_next[:, 0]).all()
+def test_rows_read_on_until_they_begin_another_text(data_dir, tmp_path):
+    """At first evenly spread, later at a random place; a step is the same whatever was asked for
+    before."""
+    run = Run(tiny(data_dir, out_dir=str(tmp_path), carry_state=True, reset_prob=0.3, batch_size=4))
+    data, batches, rows = run.data, run.batches, slice(None)
     text, n = data.flat('train', 0, data.tokens['train']), data.num_starts('train', 16)
-    first = generator('train rows that read on', 1).integers(n)
+    first = generator('train rows that read on', run.config.seed).integers(n)
     starts = [(first + i * (n // 4)) % n for i in range(4)]
-    assert np.array_equal(x, [text[start:start + 16] for start in starts])
+    steps = [batches.training(step, rows) for step in range(12)]
+    assert np.array_equal(steps[0].x, [text[start:start + 16] for start in starts])
+    fresh = np.stack([batches.fresh_rows(step + 1) for step in range(11)])
+    reads_on = np.stack([before.y[:, -1] == after.x[:, 0]
+                         for before, after in itertools.pairwise(steps)])
+    assert fresh.any() and (~fresh).any() and reads_on[~fresh].all() and not reads_on[fresh].all()
+    again = Run(tiny(data_dir, out_dir=str(tmp_path), carry_state=True, reset_prob=0.3,
+                     batch_size=4)).batches
+    assert all(np.array_equal(again.training(step, rows).x, steps[step].x) for step in (11, 5))
 
 
 def test_a_mean_weight_of_zero_is_refused(tmp_path):
