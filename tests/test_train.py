@@ -92,6 +92,8 @@ def test_rows_read_on_until_they_begin_another_text(data_dir, tmp_path):
     reads_on = np.stack([before.y[:, -1] == after.x[:, 0]
                          for before, after in itertools.pairwise(steps)])
     assert fresh.any() and (~fresh).any() and reads_on[~fresh].all() and not reads_on[fresh].all()
+    begun = steps[1 + fresh.sum(1).argmax()].x[fresh[fresh.sum(1).argmax()]]
+    assert len(begun) > 1 and len(np.unique(begun, axis=0)) == len(begun)
     again = Run(tiny(data_dir, out_dir=str(tmp_path), carry_state=True, reset_prob=0.3,
                      batch_size=4)).batches
     assert all(np.array_equal(again.training(step, rows).x, steps[step].x) for step in (11, 5))
