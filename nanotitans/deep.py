@@ -154,33 +154,50 @@ class FeatureMemory(NeuralMemory):
         with torch.no_grad():
             self.spread.copy_(torch.eye(*self.spread.shape[1:]))
 
-    def features(self, k):
-        """f(k). If no |k| is above 1, no |f(k)| is.   (B, T, H, D) -> (B, T, H, L)"""
-        a, b = torch.einsum('bthd,nhfd->nbthf', k, wide(self.factors))
-        length = torch.linalg.vector_norm
-        s = wide(self.share)
-        if self.pairs:  # divided before the many products are made: |p| = |A k| |B k|
+    def parts(self, k):
+        """
+        k (B, H, n, D) -> three parts of f(k): k, A k, B k with memory_products, else k, p(k), None;
+        scaled so that f(k) is the first part and then the second, or all products of one of the
+        second and one of the third. If no |k| is above 1, no |f(k)| is.
+        """
+        a, b = torch.einsum('bhtd,nhfd->nbhtf', k, wide(self.factors))
+        s, length = wide(self.share)[..., None], torch.linalg.vector_norm  # s (1, H, 1, 1)
+        k, s = k / (1 + s * s).sqrt(), s / (1 + s * s).sqrt()
+        if self.pairs:  # |p| = |A k| |B k|
             norm = length(a, dim=-1, keepdim=True) * length(b, dim=-1, keepdim=True)
-            a = a * (s / norm.clamp_min(LEAST_LENGTH) / (1 + s * s).sqrt())
-            p = (a[..., :, None] * b[..., None, :]).flatten(-2)
-            return torch.cat((k / (1 + s * s).sqrt(), p), dim=-1)
+            return k, a * (s / norm.clamp_min(LEAST_LENGTH)), b
         p = a * b
-        p = p / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
-        return torch.cat((k, s * p), dim=-1) / (1 + s * s).sqrt()
+        return k, p * (s / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)), None
+
+    def features(self, parts):
+        """f(k) of parts(k)   (B, H, n, L)"""
+        k, a, b = parts
+        return torch.cat((k, a if b is None else (a[..., :, None] * b[..., None, :]).flatten(-2)),
+                         dim=-1)
+
+    def similar(self, x, y):
+        """f(x) f(y)^T of parts of n keys each, without the many products.   (B, H, n, n)"""
+        products = [p @ q.mT for p, q in zip(x, y, strict=True) if p is not None]
+        return products[0] + math.prod(products[1:])
+
+    def block(self, q, k, *rest):
+        """As blocks.block, for q and k of which f has not been taken."""
+        q, k = self.parts(q), self.parts(k)
+        return blocks.block(self.features(q), self.features(k), *rest,
+                            similar=(self.similar(k, k), self.similar(q, k)))
 
     def in_one_call(self, x):
         return False
 
     def recurrence(self, q, k, v, gates, state):
         v = torch.einsum('bthd,hdv->bthv', v, wide(self.spread))
-        y, M, S = blocks.recurrence(self.features(q), self.features(k), v, gates, state.weights,
-                                    state.surprise)
+        y, M, S = blocks.recurrence(q, k, v, gates, state.weights, state.surprise, self.block)
         y = torch.einsum('bthv,hdv->bthd', y, wide(self.spread))
         return y, state._replace(weights=M, surprise=S)
 
     def read(self, weights, q):
-        y = blocks.recall(self.features(q), weights)
-        return torch.einsum('bthv,hdv->bthd', y, wide(self.spread))
+        q = self.features(self.parts(q.transpose(1, 2)))
+        return torch.einsum('bhtv,hdv->bthd', q @ weights.mT, wide(self.spread))
 
 
 def memory_of(config):
