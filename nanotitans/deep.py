@@ -123,25 +123,29 @@ class FeatureMemory(NeuralMemory):
 
         M(k) = E W f(k)     f(k) = [k, s p(k)] / sqrt(1 + s^2)     p(k) = (A k) * (B k), unit length
 
-    With memory_products=R, A k and B k have R numbers and p(k) has all R^2 products of one of A k
-    and one of B k: as rich, and far cheaper than as many rows of A and B.
+    With memory_products=R, p(k) has all R^4 products of one number of each of four vectors A_i k,
+    with R numbers and unit length each: f(k) f(k') falls with the fourth power of what k and k'
+    have in common, so keys that are alike disturb each other less.
 
     W is written by the exact rule of the linear memory, with key f(k) and value E^T v. A, B, s and
     E are trained by the outer optimizer and do not change while a text is read. Keys become longer
     and values shorter, so that more numbers of the state serve to tell keys apart.
 
-    f(k) has L = memory_expansion D or D + R^2 numbers, V = memory_values. W and its surprise are
+    f(k) has L = memory_expansion D or D + R^4 numbers, V = memory_values. W and its surprise are
     (B, H, V, L).
     """
+    FACTORS = 4
 
     def new_initial(self, config):
         H, D, V = self.n_head, self.head_dim, config.memory_values
-        self.pairs = config.memory_products
-        rows = self.pairs or (config.memory_expansion - 1) * D
-        self.factors = nn.Parameter(torch.empty(2, H, rows, D))   # A, B
-        self.share = nn.Parameter(torch.empty(1, H, 1))           # s
-        self.spread = nn.Parameter(torch.empty(H, D, V))          # E
-        return torch.empty(H, V, D + (self.pairs ** 2 or rows))
+        self.products = config.memory_products
+        count, rows = 2, (config.memory_expansion - 1) * D
+        if self.products:
+            count, rows = self.FACTORS, self.products
+        self.factors = nn.Parameter(torch.empty(count, H, rows, D))       # A, B or all A_i
+        self.share = nn.Parameter(torch.empty(1, H, 1, 1))                # s
+        self.spread = nn.Parameter(torch.empty(H, D, V))                  # E
+        return torch.empty(H, V, D + (rows ** count if self.products else rows))
 
     def reset_parameters(self):
         """
@@ -150,35 +154,35 @@ class FeatureMemory(NeuralMemory):
         """
         super().reset_parameters()
         nn.init.normal_(self.factors)
-        nn.init.constant_(self.share, 1.0 if self.pairs else 0.3)
+        nn.init.constant_(self.share, 1.0 if self.products else 0.3)
         with torch.no_grad():
             self.spread.copy_(torch.eye(*self.spread.shape[1:]))
 
     def parts(self, k):
         """
-        k (B, H, n, D) -> three parts of f(k): k, A k, B k with memory_products, else k, p(k), None;
-        scaled so that f(k) is the first part and then the second, or all products of one of the
-        second and one of the third. If no |k| is above 1, no |f(k)| is.
+        k (B, H, n, D) -> parts of f(k), which is the first part and all products of one number of
+        each other part. If no |k| is above 1, no |f(k)| is.
         """
-        a, b = torch.einsum('bhtd,nhfd->nbhtf', k, wide(self.factors))
-        s, length = wide(self.share)[..., None], torch.linalg.vector_norm  # s (1, H, 1, 1)
-        k, s = k / (1 + s * s).sqrt(), s / (1 + s * s).sqrt()
-        if self.pairs:  # |p| = |A k| |B k|
-            norm = length(a, dim=-1, keepdim=True) * length(b, dim=-1, keepdim=True)
-            return k, a * (s / norm.clamp_min(LEAST_LENGTH)), b
-        p = a * b
-        return k, p * (s / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)), None
+        parts = torch.einsum('bhtd,nhfd->nbhtf', k, wide(self.factors)).unbind()
+        if not self.products:
+            parts = [parts[0] * parts[1]]
+        s = wide(self.share)
+        parts = [x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+                 for x in parts]
+        return [k / (1 + s * s).sqrt(), parts[0] * (s / (1 + s * s).sqrt()), *parts[1:]]
 
     def features(self, parts):
         """f(k) of parts(k)   (B, H, n, L)"""
-        k, a, b = parts
-        return torch.cat((k, a if b is None else (a[..., :, None] * b[..., None, :]).flatten(-2)),
-                         dim=-1)
+        k, *factors = parts
+        while len(factors) > 1:  # two by two: the products of many numbers with few are slow
+            factors = [(a[..., None] * b[..., None, :]).flatten(-2)
+                       for a, b in zip(factors[::2], factors[1::2], strict=True)]
+        return torch.cat((k, *factors), dim=-1)
 
     def similar(self, x, y):
         """f(x) f(y)^T of parts of n keys each, without the many products.   (B, H, n, n)"""
-        products = [p @ q.mT for p, q in zip(x, y, strict=True) if p is not None]
-        return products[0] + math.prod(products[1:])
+        of_keys, *others = (a @ b.mT for a, b in zip(x, y, strict=True))
+        return of_keys + math.prod(others)
 
     def block(self, q, k, *rest):
         """As blocks.block, for q and k of which f has not been taken."""

@@ -279,6 +279,7 @@ def sample(rng, task):
 # weights in the training loss; every other token has weight 1
 ANSWER_WEIGHT = 2000  # of an answer, shared by its tokens
 FIRST = 8             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
+LEAD = 1 / 2          # of each token in front of a value
 QUESTION_WEIGHT = 32  # of each token of a question: the model has to tell the keys apart
 MIN_ROW = 128       # tokens in which a needle, its question and its answer fit
 
@@ -337,7 +338,7 @@ def encode_answer(tokenizer, answer):
     """-> ids of an answer [(lead, value)], the weight of each"""
     ids, shares = tokenizer.encode(answer_text(answer)), []
     for lead, value in answer:
-        shares += [1 / FIRST] * len(tokenizer.encode(lead))
+        shares += [LEAD] * len(tokenizer.encode(lead))
         shares += [1 / min(i, FIRST) for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
     return ids, np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(ids)]))
 

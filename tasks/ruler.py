@@ -36,7 +36,7 @@ DOTS = ' ...'  # the most frequent coded word
 # how often a common and another word are in a list: the first pair with which the common words are
 # at most two thirds of it
 COUNTS = (30, 3), (6, 1), (3, 1)
-LENGTH = 1024    # block_size for training; a row has one token more
+LENGTH = 2048    # block_size for training; a row has one token more
 
 
 def coded_word(rng):
@@ -228,9 +228,17 @@ KINDS = (*[('numbers', key) for key in ('word', 'words', 'made-up')] * 2,
 
 def training_row(rng, tokenizer, haystacks, length):
     """
-    Draw a row of `length` tokens of any task; 29 in 32 have needles. haystacks: {kind: Haystack}
+    Draw a row of `length` tokens, of one text or of two. haystacks: {kind: Haystack}
     -> ids (length,), weights (length,): how much each token counts as a target
     """
+    texts = rng.integers(1, 3)
+    lengths = [length // texts] * (texts - 1)
+    texts = [training_text(rng, tokenizer, haystacks, n) for n in [*lengths, length - sum(lengths)]]
+    return tuple(np.concatenate(parts) for parts in zip(*texts, strict=True))
+
+
+def training_text(rng, tokenizer, haystacks, length):
+    """Draw a text of any task, as training_row; 29 in 32 have needles."""
     other = rng.integers(32)
     if other >= len(SAMPLES):
         return needles_row(rng, tokenizer, haystacks, length)

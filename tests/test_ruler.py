@@ -107,7 +107,22 @@ def test_latest_value_comes_after_others():
         assert sample['span'] == 'before' and sample['needles'][-1][1] is None
 
 
-def test_rows_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
+def test_rows_of_training_are_one_text_or_two(monkeypatch):
+    def text(rng, tokenizer, haystacks, length):
+        lengths.append(length)
+        return np.full(length, len(lengths)), np.arange(length)
+    monkeypatch.setattr(ruler, 'training_text', text)
+    seen = set()
+    for seed in range(20):
+        lengths = []
+        ids, weights = ruler.training_row(np.random.default_rng(seed), None, None, 11)
+        assert ids.tolist() == [i for i, n in enumerate(lengths, 1) for _ in range(n)]
+        assert weights.tolist() == [j for n in lengths for j in range(n)]
+        seen.add(tuple(lengths))
+    assert seen == {(11,), (5, 6)}
+
+
+def test_texts_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
     monkeypatch.setattr(needle, 'QUESTION_WEIGHT', 65535)  # a weight that no answer has
     haystacks = {kind: ruler.haystack(kind, TEXT, TOKENIZER)
                  for kind in ('noise', 'text', 'list', 'code')}
@@ -117,9 +132,8 @@ def test_rows_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
                  for text, _ in sample['needles'] if 'special' in text or 'VAR' in text}
     asked = collections.Counter()
     for seed in range(150):
-        ids, weights = ruler.training_row(np.random.default_rng(seed), TOKENIZER, haystacks,
-                                          ruler.LENGTH + 1)
-        assert len(ids) == len(weights) == ruler.LENGTH + 1
+        ids, weights = ruler.training_text(np.random.default_rng(seed), TOKENIZER, haystacks, 1025)
+        assert len(ids) == len(weights) == 1025
         text = TOKENIZER.decode(ids.tolist())
         assert not any(f' {key} ' in text for key in unseen)
         assert not any(needle in text for needle in evaluated)
