@@ -149,12 +149,12 @@ class FeatureMemory(NeuralMemory):
 
     def reset_parameters(self):
         """
-        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory, or 1 with
+        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory, or 4 with
         memory_products; E the first V columns of the identity.
         """
         super().reset_parameters()
         nn.init.normal_(self.factors)
-        nn.init.constant_(self.share, 1.0 if self.products else 0.3)
+        nn.init.constant_(self.share, 4.0 if self.products else 0.3)
         with torch.no_grad():
             self.spread.copy_(torch.eye(*self.spread.shape[1:]))
 
