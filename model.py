@@ -65,7 +65,7 @@ class TitansConfig:
     memory_expansion: Count = 2     # hidden width over input width, for memory_depth of 2 or more
     memory_values: Natural = 0      # memory_depth=2: numbers of a head's value that are stored
                                     # (FeatureMemory); 0: an MLP
-    memory_products: Natural = 0    # R: a key is widened by R x R products (FeatureMemory), and not
+    memory_products: Natural = 0    # R: a key is widened by R^4 products (FeatureMemory), and not
                                     # memory_expansion times; 0: no
     memory_heads: Natural = 0       # independent memories, n_embd / memory_heads wide; 0: n_head
     memory_conv: Natural = 4        # width of the causal convolution on q, k, v; 0: none

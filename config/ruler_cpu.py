@@ -1,4 +1,4 @@
-# All tasks of RULER on a CPU, from rows of 1,024 tokens: docs/results/needles.md.
+# All tasks of RULER on a CPU, from rows of 2,048 tokens: docs/results/needles.md.
 out_dir = 'out/ruler_cpu'
 dataset = 'ruler'
 
@@ -10,16 +10,16 @@ memory_layers = '0'
 memory_heads = 1
 memory_conv = 12        # covers a key of two words and the digits after it
 memory_depth = 2
-memory_values = 16      # numbers of a value that are stored: enough for digits and letters
-memory_products = 40    # 1,600 products of a key: many keys that are alike are told apart
+memory_values = 24      # numbers of a value that are stored: enough for digits and letters
+memory_products = 8     # 4,096 products of a key: many keys that are alike are told apart
 segment_len = 128
 window_len = 128        # used by --arch=mag and mal
 memory_gates = 'hard'
 memory_decay = 0.0
 
-block_size = 1024
-batch_size = 2
-max_iters = 3000
+block_size = 2048
+batch_size = 1
+max_iters = 3200
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4

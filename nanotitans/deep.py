@@ -123,64 +123,85 @@ class FeatureMemory(NeuralMemory):
 
         M(k) = E W f(k)     f(k) = [k, s p(k)] / sqrt(1 + s^2)     p(k) = (A k) * (B k), unit length
 
-    With memory_products=R, A k and B k have R numbers and p(k) has all R^2 products of one of A k
-    and one of B k: as rich, and far cheaper than as many rows of A and B.
+    With memory_products=R, p(k) has all R^4 products of one number of each of four vectors A_i k,
+    with R numbers and unit length each: f(k) f(k') falls with the fourth power of what k and k'
+    have in common, so keys that are alike disturb each other less.
 
     W is written by the exact rule of the linear memory, with key f(k) and value E^T v. A, B, s and
     E are trained by the outer optimizer and do not change while a text is read. Keys become longer
     and values shorter, so that more numbers of the state serve to tell keys apart.
 
-    f(k) has L = memory_expansion D or D + R^2 numbers, V = memory_values. W and its surprise are
+    f(k) has L = memory_expansion D or D + R^4 numbers, V = memory_values. W and its surprise are
     (B, H, V, L).
     """
+    FACTORS = 4
 
     def new_initial(self, config):
         H, D, V = self.n_head, self.head_dim, config.memory_values
-        self.pairs = config.memory_products
-        rows = self.pairs or (config.memory_expansion - 1) * D
-        self.factors = nn.Parameter(torch.empty(2, H, rows, D))   # A, B
-        self.share = nn.Parameter(torch.empty(1, H, 1))           # s
-        self.spread = nn.Parameter(torch.empty(H, D, V))          # E
-        return torch.empty(H, V, D + (self.pairs ** 2 or rows))
+        self.products = config.memory_products
+        count, rows = 2, (config.memory_expansion - 1) * D
+        if self.products:
+            count, rows = self.FACTORS, self.products
+        self.factors = nn.Parameter(torch.empty(count, H, rows, D))       # A, B or all A_i
+        self.share = nn.Parameter(torch.empty(1, H, 1, 1))                # s
+        self.spread = nn.Parameter(torch.empty(H, D, V))                  # E
+        return torch.empty(H, V, D + (rows ** count if self.products else rows))
 
     def reset_parameters(self):
         """
-        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory, or 1 with
+        As NeuralMemory. A and B N(0, 1); s 0.3, which is nearly the linear memory, or 4 with
         memory_products; E the first V columns of the identity.
         """
         super().reset_parameters()
         nn.init.normal_(self.factors)
-        nn.init.constant_(self.share, 1.0 if self.pairs else 0.3)
+        nn.init.constant_(self.share, 4.0 if self.products else 0.3)
         with torch.no_grad():
             self.spread.copy_(torch.eye(*self.spread.shape[1:]))
 
-    def features(self, k):
-        """f(k). If no |k| is above 1, no |f(k)| is.   (B, T, H, D) -> (B, T, H, L)"""
-        a, b = torch.einsum('bthd,nhfd->nbthf', k, wide(self.factors))
-        length = torch.linalg.vector_norm
+    def parts(self, k):
+        """
+        k (B, H, n, D) -> parts of f(k), which is the first part and all products of one number of
+        each other part. If no |k| is above 1, no |f(k)| is.
+        """
+        parts = torch.einsum('bhtd,nhfd->nbhtf', k, wide(self.factors)).unbind()
+        if not self.products:
+            parts = [parts[0] * parts[1]]
         s = wide(self.share)
-        if self.pairs:  # divided before the many products are made: |p| = |A k| |B k|
-            norm = length(a, dim=-1, keepdim=True) * length(b, dim=-1, keepdim=True)
-            a = a * (s / norm.clamp_min(LEAST_LENGTH) / (1 + s * s).sqrt())
-            p = (a[..., :, None] * b[..., None, :]).flatten(-2)
-            return torch.cat((k / (1 + s * s).sqrt(), p), dim=-1)
-        p = a * b
-        p = p / length(p, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
-        return torch.cat((k, s * p), dim=-1) / (1 + s * s).sqrt()
+        parts = [x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+                 for x in parts]
+        return [k / (1 + s * s).sqrt(), parts[0] * (s / (1 + s * s).sqrt()), *parts[1:]]
+
+    def features(self, parts):
+        """f(k) of parts(k)   (B, H, n, L)"""
+        k, *factors = parts
+        while len(factors) > 1:  # two by two: the products of many numbers with few are slow
+            factors = [(a[..., None] * b[..., None, :]).flatten(-2)
+                       for a, b in zip(factors[::2], factors[1::2], strict=True)]
+        return torch.cat((k, *factors), dim=-1)
+
+    def similar(self, x, y):
+        """f(x) f(y)^T of parts of n keys each, without the many products.   (B, H, n, n)"""
+        of_keys, *others = (a @ b.mT for a, b in zip(x, y, strict=True))
+        return of_keys + math.prod(others)
+
+    def block(self, q, k, *rest):
+        """As blocks.block, for q and k of which f has not been taken."""
+        q, k = self.parts(q), self.parts(k)
+        return blocks.block(self.features(q), self.features(k), *rest,
+                            similar=(self.similar(k, k), self.similar(q, k)))
 
     def in_one_call(self, x):
         return False
 
     def recurrence(self, q, k, v, gates, state):
         v = torch.einsum('bthd,hdv->bthv', v, wide(self.spread))
-        y, M, S = blocks.recurrence(self.features(q), self.features(k), v, gates, state.weights,
-                                    state.surprise)
+        y, M, S = blocks.recurrence(q, k, v, gates, state.weights, state.surprise, self.block)
         y = torch.einsum('bthv,hdv->bthd', y, wide(self.spread))
         return y, state._replace(weights=M, surprise=S)
 
     def read(self, weights, q):
-        y = blocks.recall(self.features(q), weights)
-        return torch.einsum('bthv,hdv->bthd', y, wide(self.spread))
+        q = self.features(self.parts(q.transpose(1, 2)))
+        return torch.einsum('bhtv,hdv->bthd', q @ weights.mT, wide(self.spread))
 
 
 def memory_of(config):

@@ -4,9 +4,10 @@ Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh e
 
 A needle is a sentence such as "One of the special magic numbers for harbor is: 4821907.", inserted
 between two sentences of a haystack. A question at the end asks for the value, which must be in the
-greedy continuation. `prepare.py needle` makes training rows with keys of one word; the rows of
-`prepare.py ruler` (tasks/ruler.py) have every kind of key. Both write an evaluation set for
-`eval_needle.py`.
+greedy continuation. An answer about several keys names them, "for harbor is: 4821907, for ...", so
+each value follows the words that it follows in its needle. `prepare.py needle` makes training rows
+with keys of one word; the rows of `prepare.py ruler` (tasks/ruler.py) have every kind of key. Both
+write an evaluation set for `eval_needle.py`.
 
     task           haystack  values   needles
     pass-key       noise     numbers  1
@@ -130,15 +131,22 @@ def listing(items):
 def question(kind, facts, keys, latest=False):
     """
     Ask for the values of some keys, or for the latest value of one. facts: [(key, value)] in the
-    order of the text. -> question, answer, [value]
+    order of the text. -> question, answer [(lead, value)]. The answer to several keys names the key
+    of each value, in the words of the needle.
     """
-    values = [value for key, value in facts if key in keys][-1 if latest else 0:]
-    answer = ' ' + ', '.join(values) + '.'
+    answer = [('', value) for key, value in facts if key in keys][-1 if latest else 0:]
     if latest:
-        return ASK_LATEST.format(kind=kind[:-1], keys=keys[0]), answer, values
-    if len(values) == 1:
-        return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer, values
-    return ASK_ALL.format(kind=kind, keys=listing(keys)), answer, values
+        return ASK_LATEST.format(kind=kind[:-1], keys=keys[0]), answer
+    if len(answer) == 1:
+        return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer
+    if len(keys) > 1:
+        answer = [(f' for {key} is:', value) for asked in keys for key, value in facts
+                  if key == asked]
+    return ASK_ALL.format(kind=kind, keys=listing(keys)), answer
+
+
+def answer_text(answer):
+    return ','.join(f'{lead} {value}' for lead, value in answer) + '.'
 
 
 def sentences(text):
@@ -258,11 +266,11 @@ def sample(rng, task):
         facts = [(*fact, depth) for fact, depth in zip(told, sorted(rng.random(len(told))),
                                                        strict=True)]
         first = len(facts) - 1
-    ask, answer, values = question(task.kind, [fact[:2] for fact in facts], asked, task.latest)
+    ask, answer = question(task.kind, [fact[:2] for fact in facts], asked, task.latest)
     return {'needles': [[needle_text(task.kind, key, value), None if i == first else float(depth)]
                         for i, (key, value, depth) in enumerate(facts)],
-            'span': 'before' if task.latest else 'all', 'ask': ask, 'answer': answer,
-            'values': values, 'place': float(rng.random())}
+            'span': 'before' if task.latest else 'all', 'ask': ask, 'answer': answer_text(answer),
+            'values': [value for _, value in answer], 'place': float(rng.random())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,6 +279,7 @@ def sample(rng, task):
 # weights in the training loss; every other token has weight 1
 ANSWER_WEIGHT = 2000  # of an answer, shared by its tokens
 FIRST = 8             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
+LEAD = 1 / 2          # of each token in front of a value
 QUESTION_WEIGHT = 32  # of each token of a question: the model has to tell the keys apart
 MIN_ROW = 128       # tokens in which a needle, its question and its answer fit
 
@@ -325,11 +334,13 @@ def lay_out(rng, haystack, length, inserts):
     return np.concatenate(ids), np.concatenate(weights)
 
 
-def answer_weights(tokenizer, values, tokens):
-    """The weights of an answer with these values, which has so many tokens."""
-    shares = [1 / min(i, FIRST) for value in values
-              for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
-    return np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:tokens]))
+def encode_answer(tokenizer, answer):
+    """-> ids of an answer [(lead, value)], the weight of each"""
+    ids, shares = tokenizer.encode(answer_text(answer)), []
+    for lead, value in answer:
+        shares += [LEAD] * len(tokenizer.encode(lead))
+        shares += [1 / min(i, FIRST) for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
+    return ids, np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(ids)]))
 
 
 def quiz_facts(rng, names):
@@ -365,14 +376,13 @@ def quiz_questions(rng, tokenizer, kind, facts, room):
         asked = [str(key)]
         if not rng.integers(8):
             asked = rng.permutation(names)[:rng.integers(1, len(names) + 1)].tolist()
-        ask, answer, values = question(kind, [fact[1:] for fact in facts], asked)
-        if len(values) == 1 and rng.integers(2):
+        ask, answer = question(kind, [fact[1:] for fact in facts], asked)
+        if len(answer) == 1 and rng.integers(2):
             # in the words of the needle: this teaches to store which value belongs to which key
             ask = needle_text(kind, asked[0], '').removesuffix(' .')
-        ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
+        ask, (answer, weights) = tokenizer.encode(ask), encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:
             return
-        weights = answer_weights(tokenizer, values, len(answer))
         last_needle = max(depth for depth, key, _ in facts if key in asked)
         yield float(rng.uniform(last_needle, 1)), ask + answer, weights

@@ -36,15 +36,11 @@ DOTS = ' ...'  # the most frequent coded word
 # how often a common and another word are in a list: the first pair with which the common words are
 # at most two thirds of it
 COUNTS = (30, 3), (6, 1), (3, 1)
-LENGTH = 1024    # block_size for training; a row has one token more
+LENGTH = 2048    # block_size for training; a row has one token more
 
 
 def coded_word(rng):
     return ''.join(rng.choice(list(string.ascii_lowercase), 6))
-
-
-def answer_of(values):
-    return ' ' + ', '.join(values) + '.'
 
 
 class Words:
@@ -157,7 +153,7 @@ def variables(rng, words):
     depths = [None, *sorted(rng.random(VARIABLES - 1).tolist())]
     return {'needles': [list(pair) for pair in zip(statements, depths, strict=True)],
             'span': 'after', 'ask': ASK_VARIABLES.format(value=value),
-            'answer': answer_of(names), 'values': names}
+            'answer': needle.answer_text([('', name) for name in names]), 'values': names}
 
 
 def common_words(rng, words):
@@ -171,7 +167,7 @@ def frequent_words(rng, words):
 def count_sample(values, ask):
     """A sample of which the haystack is made of the words asked for, as needle.sample."""
     return {'needles': [[f' {word}', 0.0] for word in values], 'span': 'all', 'ask': ask,
-            'answer': answer_of(values), 'values': values}
+            'answer': needle.answer_text([('', value) for value in values]), 'values': values}
 
 
 SAMPLES = {'variable-tracking': variables, 'common-words': common_words,
@@ -226,68 +222,82 @@ def vocabulary():
 
 
 # of the values and of the keys of a training row's needles, all equally likely
-KINDS = (*[('numbers', key) for key in ('word', 'words', 'made-up')] * 3,
+KINDS = (*[('numbers', key) for key in ('word', 'words', 'made-up')] * 2,
          *[('uuids', key) for key in ('word', 'uuid')] * 2)
 
 
 def training_row(rng, tokenizer, haystacks, length):
     """
-    Draw a row of `length` tokens of any task; 29 in 32 have needles. haystacks: {kind: Haystack}
+    Draw a row of `length` tokens, of one text or of two. haystacks: {kind: Haystack}
     -> ids (length,), weights (length,): how much each token counts as a target
     """
+    texts = rng.integers(1, 3)
+    lengths = [length // texts] * (texts - 1)
+    texts = [training_text(rng, tokenizer, haystacks, n) for n in [*lengths, length - sum(lengths)]]
+    return tuple(np.concatenate(parts) for parts in zip(*texts, strict=True))
+
+
+def training_text(rng, tokenizer, haystacks, length):
+    """Draw a text of any task, as training_row; 29 in 32 have needles."""
     other = rng.integers(32)
     if other >= len(SAMPLES):
         return needles_row(rng, tokenizer, haystacks, length)
     name = list(SAMPLES)[other]
     sample = SAMPLES[name](rng, haystacks['list'].names)
-    ask, answer = tokenizer.encode(sample['ask']), tokenizer.encode(sample['answer'])
+    answer, answer_weights = needle.encode_answer(tokenizer, [('', v) for v in sample['values']])
+    ask = tokenizer.encode(sample['ask'])
     inserts = [(share or 0, tokenizer.encode(text), []) for text, share in sample['needles']]
     ids, weights = needle.lay_out(rng, haystacks[HAYSTACKS[name]],
                                   length - len(ask) - len(answer), inserts)
-    weights = (weights, np.full(len(ask), needle.QUESTION_WEIGHT),
-               needle.answer_weights(tokenizer, sample['values'], len(answer)))
+    weights = weights, np.full(len(ask), needle.QUESTION_WEIGHT), answer_weights
     return np.concatenate((ids, ask, answer)), np.concatenate(weights).astype(np.uint16)
 
 
 def needles_row(rng, tokenizer, haystacks, length):
     """
-    A row with needles in up to 0.6 of its tokens, few needles as often as many, and with questions
-    about as many of them as there is room for.
+    A row with needles and with questions about as many of them as there is room for. Half of the
+    rows have needles in up to 0.85 of their tokens, all numbers of them as often; the others in up
+    to 0.6, few needles as often as many.
     """
     kind, key = KINDS[rng.integers(len(KINDS))]
     pair = needle.KEY_KINDS[key](rng), needle.draw_value(rng, kind)
-    most = 0.6 * length / len(tokenizer.encode(needle.needle_text(kind, *pair)))
-    names = needle.draw_keys(rng, key, int(most ** rng.random()))
-    told = (names + names[:1] * (0 if rng.integers(3) else rng.integers(1, 4)))[:int(most)]
+    size = len(tokenizer.encode(needle.needle_text(kind, *pair)))
+    if rng.integers(2):
+        most = int(0.85 * length / size)
+        count = rng.integers(1, most + 1)
+    else:
+        most = int(0.6 * length / size)
+        count = int(most ** rng.random())
+    names = needle.draw_keys(rng, key, count)
+    told = (names + names[:1] * (0 if rng.integers(3) else rng.integers(1, 4)))[:most]
     facts = [(key, needle.draw_value(rng, kind)) for key in rng.permutation(told).tolist()]
     facts = needle.make_alike(rng, kind, facts)
     inserts = [(float(depth), tokenizer.encode(needle.needle_text(kind, *fact)), [])
                for depth, fact in zip(sorted(rng.uniform(0, 0.6, len(facts))), facts, strict=True)]
-    room = length * 0.9 - sum(len(ids) for _, ids, _ in inserts)
+    room = length * 0.95 - sum(len(ids) for _, ids, _ in inserts)
     for asked, latest in questions(rng, names, told):
         # an answer has the latest value first: it is what the memory reads under the key
-        ask, answer, values = needle.question(kind, facts if latest else facts[::-1], asked, latest)
-        if len(values) == 1 and not latest and rng.integers(2):  # in the words of the needle
+        ask, answer = needle.question(kind, facts if latest else facts[::-1], asked, latest)
+        if len(answer) == 1 and not latest and rng.integers(2):  # in the words of the needle
             ask = needle.needle_text(kind, asked[0], '').removesuffix(' .')
-        ask, answer = tokenizer.encode(ask), tokenizer.encode(answer)
+        ask, (answer, weights) = tokenizer.encode(ask), needle.encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:
             break
         last = max(insert[0] for insert, fact in zip(inserts, facts, strict=False)
                    if fact[0] in asked)
-        inserts.append((float(rng.uniform(last, 1)), ask + answer,
-                        needle.answer_weights(tokenizer, values, len(answer))))
+        inserts.append((float(rng.uniform(last, 1)), ask + answer, weights))
     return needle.lay_out(rng, haystacks['text' if rng.integers(2) else 'noise'], length, inserts)
 
 
 def questions(rng, names, told):
     """
-    Yield (keys, latest) for four rounds of questions: about one key, about all of up to four, or
-    about the latest of several values. told: the key of each needle.
+    Yield (keys, latest) for four rounds of questions: about one key, about two to four with one
+    value each, or about the latest of several values. told: the key of each needle.
     """
+    single = [name for name in names if told.count(name) == 1]
     for key in itertools.chain(*(rng.permutation(names).tolist() for _ in range(4))):
-        several = told.count(key) > 1
-        if not several and 1 < len(told) <= 4 and not rng.integers(3):
-            yield rng.permutation(names).tolist(), False
+        if len(single) > 1 and not rng.integers(4):
+            yield rng.permutation(single)[:rng.integers(2, 5)].tolist(), False
         else:
-            yield [key], several and bool(rng.integers(2))
+            yield [key], told.count(key) > 1 and bool(rng.integers(2))

@@ -263,10 +263,10 @@ def test_it_remembers():
     assert_close(module.read(state.weights, k), v, **EXACT)
 
 
-@pytest.mark.parametrize('pairs', [0, 3])
-def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values(pairs):
+@pytest.mark.parametrize('products', [0, 2])
+def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values(products):
     """They equal reference.py on features, with gradients, in calls of any lengths."""
-    module = memory(2, memory_values=2, memory_expansion=3, memory_products=pairs,
+    module = memory(2, memory_values=2, memory_expansion=3, memory_products=products,
                     memory_momentum=0.5)
     lengths = 3, 1, 20, 1
     tokens = [x.requires_grad_() for x in drawn(sum(lengths))]
@@ -274,15 +274,17 @@ def test_features_are_a_linear_memory_with_wider_keys_and_narrower_values(pairs)
     leaves = [*tokens, module.factors, module.share, module.spread, module.initial]
 
     def wider(x):
-        a, b = module.factors
-        product = torch.outer if pairs else torch.mul
-        p = torch.stack([torch.stack([product(a[h] @ row[h], b[h] @ row[h]).flatten()
-                                      for h in range(H)])
-                         for row in x.flatten(0, 1)]).unflatten(0, x.shape[:2])
-        p = module.share * p / p.norm(dim=-1, keepdim=True).clamp_min(0.1)
-        return torch.cat((x, p), dim=-1) / (1 + module.share ** 2).sqrt()
+        maps = torch.einsum('bthd,nhfd->nbthf', x, module.factors)
+        units = [m / m.norm(dim=-1, keepdim=True).clamp_min(0.1) for m in maps]
+        if products:
+            p = torch.einsum('bthf,bthg,bthi,bthj->bthfgij', *units).flatten(3)
+        else:
+            p = maps[0] * maps[1]
+            p = p / p.norm(dim=-1, keepdim=True).clamp_min(0.1)
+        share = module.share[..., 0]
+        return torch.cat((x, share * p), dim=-1) / (1 + share ** 2).sqrt()
 
-    L = D + pairs ** 2 if pairs else 3 * D
+    L = D + products ** 4 if products else 3 * D
     assert wider(k).shape[-1] == L and wider(k).norm(dim=-1).max() < 1 + 1e-9
     W = module.initial.expand(B, H, 2, L)
     narrow = torch.einsum('bthd,hdv->bthv', v, module.spread)

@@ -80,7 +80,7 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
     if tokenizer is None:
         pytest.skip("needs tiktoken's GPT-2 files")
     haystacks = {'noise': Haystack(needle.NOISE, tokenizer), 'text': Haystack(TEXT, tokenizer)}
-    questions = 0
+    questions = several = 0
     for seed in range(60):
         ids, weights = training_row(np.random.default_rng(seed), tokenizer, haystacks, 400)
         assert len(ids) == len(weights) == 400
@@ -91,16 +91,23 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
             answer = tokenizer.decode(ids[start:stop].tolist())
             names = re.findall(r"magic \w+ for ([\w, ]+?)"
                                r"(?: mentioned in the provided text (?:is|are)| is:)$", text)[0]
-            names = set(names.replace('and ', '').split(', '))
+            names = names.replace('and ', '').split(', ')
             needles = re.findall(r"One of the special magic \w+ for (\w+) is: ([\w-]+)\.", text)
-            values = [value for key, value in dict.fromkeys(needles) if key in names]
-            assert values == answer.strip(' .').split(', ')
+            facts = [fact for fact in dict.fromkeys(needles) if fact[0] in names]
+            if len(names) > 1:  # the answer names the key of each value
+                facts.sort(key=lambda fact: names.index(fact[0]))
+                assert answer == ','.join(f' for {key} is: {value}' for key, value in facts) + '.'
+                several += 1
+            else:
+                assert answer == ' ' + ', '.join(value for _, value in facts) + '.'
             total = int(weights[start:stop].sum())
             assert abs(total - needle.ANSWER_WEIGHT) <= (stop - start) / 2
+            lead = len(tokenizer.encode(f' for {names[0]} is:')) if len(names) > 1 else 0
             first = len(tokenizer.encode(answer.split(',')[0]))  # its first tokens weigh most
-            assert (np.diff(weights[start:start + first].astype(int)) <= 0).all()
+            assert (np.diff(weights[start + lead:start + first].astype(int)) <= 0).all()
+            assert (weights[start:start + lead] == weights[start:stop].min()).all()
             questions += 1
-    assert questions > 100
+    assert questions > 100 and several > 5
 
 
 def test_training_reads_complete_rows_with_weights(workspace):

@@ -81,7 +81,7 @@ def test_words_are_as_frequent_as_in_ruler():
 def test_samples_of_the_first_tasks_are_drawn_as_before():
     first = {task: SAMPLES[task] for task in list(SAMPLES)[:6]}
     assert hashlib.sha256(json.dumps(first).encode()).hexdigest() == \
-        'd0f803a986fb01816002709d804c36537eed5b73845f94cc686121c5a814bd65'
+        'eb37ca11f87814ccb37a6ba45ef372e9c1be1118e24a5a0bd576cf5ac75ae2fa'
 
 
 def test_nothing_but_the_key_tells_which_needle_is_asked_for():
@@ -107,7 +107,22 @@ def test_latest_value_comes_after_others():
         assert sample['span'] == 'before' and sample['needles'][-1][1] is None
 
 
-def test_rows_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
+def test_rows_of_training_are_one_text_or_two(monkeypatch):
+    def text(rng, tokenizer, haystacks, length):
+        lengths.append(length)
+        return np.full(length, len(lengths)), np.arange(length)
+    monkeypatch.setattr(ruler, 'training_text', text)
+    seen = set()
+    for seed in range(20):
+        lengths = []
+        ids, weights = ruler.training_row(np.random.default_rng(seed), None, None, 11)
+        assert ids.tolist() == [i for i, n in enumerate(lengths, 1) for _ in range(n)]
+        assert weights.tolist() == [j for n in lengths for j in range(n)]
+        seen.add(tuple(lengths))
+    assert seen == {(11,), (5, 6)}
+
+
+def test_texts_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
     monkeypatch.setattr(needle, 'QUESTION_WEIGHT', 65535)  # a weight that no answer has
     haystacks = {kind: ruler.haystack(kind, TEXT, TOKENIZER)
                  for kind in ('noise', 'text', 'list', 'code')}
@@ -117,9 +132,8 @@ def test_rows_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
                  for text, _ in sample['needles'] if 'special' in text or 'VAR' in text}
     asked = collections.Counter()
     for seed in range(150):
-        ids, weights = ruler.training_row(np.random.default_rng(seed), TOKENIZER, haystacks,
-                                          ruler.LENGTH + 1)
-        assert len(ids) == len(weights) == ruler.LENGTH + 1
+        ids, weights = ruler.training_text(np.random.default_rng(seed), TOKENIZER, haystacks, 1025)
+        assert len(ids) == len(weights) == 1025
         text = TOKENIZER.decode(ids.tolist())
         assert not any(f' {key} ' in text for key in unseen)
         assert not any(needle in text for needle in evaluated)
@@ -131,9 +145,17 @@ def test_rows_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
             if before.endswith(' is:'):  # a question in the words of the needle
                 key = re.search(r' for ([\w -]+) is:$', before)[1]
                 before += f' The special magic number for {key} mentioned in the provided text is'
-            assert solve(before) == set(answer.strip(' .').split(', '))
-            asked[before.split()[-1]] += 1
-    assert asked['is'] > 200 and asked['are'] > 40 and asked['are:'] > 10
+            named = re.findall(r' for ([\w -]+) is: ([\w-]+)[,.]', answer)
+            if named:  # the answer names the key of each value
+                keys = ', '.join(key for key, _ in named[:-1]) + f', and {named[-1][0]} mentioned'
+                assert f' for {keys} in the provided' in before
+                assert set(named) <= set(FACT.findall(before))
+                assert solve(before) == {value for _, value in named}
+            else:
+                assert solve(before) == set(answer.strip(' .').split(', '))
+            asked[before.split()[-1] if not named else 'several keys'] += 1
+    assert asked['is'] > 200 and asked['are'] > 20 and asked['are:'] > 10
+    assert asked['several keys'] > 40
 
 
 def test_made_up_words_are_of_training_or_of_evaluation():

@@ -50,7 +50,7 @@ class products(torch.autograd.Function):
         return g[..., 1:, :-1].diagonal(dim1=-2, dim2=-1) / x
 
 
-def block(q, k, v, theta, eta, alpha, M, S):
+def block(q, k, v, theta, eta, alpha, M, S, similar=None):
     """
     n tokens of the recurrence at once, without an approximation. With the errors
     d_t = 2 (M_{t-1} k_t - v_t), the step of token i is -theta_i d_i k_i^T, and
@@ -65,8 +65,10 @@ def block(q, k, v, theta, eta, alpha, M, S):
 
     where * is elementwise and x' has the rows of x one token earlier, those for M_{t-1}.
     q, k, v (B, H, n, D), gates (B, H, n), M (B, H, D, D), S as M, or (B, H, 0, D) without momentum,
-    which ignores eta -> y (B, H, n, D), M, S
+    which ignores eta -> y (B, H, n, D), M, S. similar: K K^T and Q K^T (B, H, n, n), if the caller
+    has a faster way to them.
     """
+    of_keys, of_queries = similar or (k @ k.mT, q @ k.mT)
     keep, momentum = 1 - alpha, S.size(2) > 0
     eta = eta if momentum else torch.zeros_like(eta)
     # p[s-1, i-1] is the share of token i's step in P_s, write_s the share of P_s that goes into M_s
@@ -76,11 +78,11 @@ def block(q, k, v, theta, eta, alpha, M, S):
     beta, carry = L[..., :1], L[..., 1:] @ (write * p[..., :-1, :1])  # (B, H, n+1, 1)
     C_found, beta_found, carry_found = (x[..., :-1, :] for x in (C, beta, carry))  # for M_{t-1}
     C, beta, carry = (x[..., 1:, :] for x in (C, beta, carry))  # for M_t
-    A = 2 * C_found * (k @ k.mT)
+    A = 2 * C_found * of_keys
     R = 2 * (beta_found * (k @ M.mT) + (carry_found * (k @ S.mT) if momentum else 0) - v)
     # unitriangular: only A below its diagonal is read, and the diagonal counts as 1
     d = torch.linalg.solve_triangular(A, R, upper=False, unitriangular=True)
-    y = beta * (q @ M.mT) - (C * (q @ k.mT)) @ d
+    y = beta * (q @ M.mT) - (C * of_queries) @ d
     M_after = beta[..., -1:, :] * M - (d * C[..., -1, :, None]).mT @ k
     if not momentum:
         return y, M_after, S
@@ -89,8 +91,8 @@ def block(q, k, v, theta, eta, alpha, M, S):
     return y + carry * (q @ S.mT), M_after + carry[..., -1:, :] * S, S_after
 
 
-def recurrence(q, k, v, gates, M, S):
-    """As kernels.recurrence, BLOCK tokens at a time."""
+def recurrence(q, k, v, gates, M, S, block=block):
+    """As kernels.recurrence, BLOCK tokens at a time, each by block()."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     theta, eta, alpha = gates.permute(2, 0, 3, 1)  # (B, H, T)
     out = []
