@@ -4,7 +4,7 @@ dataset = 'ruler'
 
 n_layer = 2
 n_head = 4
-n_embd = 96
+n_embd = 128
 tie_weights = False
 memory_layers = '0'
 memory_heads = 1
@@ -19,7 +19,7 @@ memory_decay = 0.0
 
 block_size = 2048
 batch_size = 1
-max_iters = 3200
+max_iters = 2800
 warmup_iters = 50
 learning_rate = 3e-3
 min_lr = 3e-4
