@@ -105,7 +105,8 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
             lead = len(tokenizer.encode(f' for {names[0]} is:')) if len(names) > 1 else 0
             first = len(tokenizer.encode(answer.split(',')[0]))  # its first tokens weigh most
             assert (np.diff(weights[start + lead:start + first].astype(int)) <= 0).all()
-            assert (weights[start:start + lead] == weights[start:stop].min()).all()
+            halves = weights[start:start + lead] - needle.LEAD * weights[start + lead]
+            assert (np.abs(halves) <= 1).all()
             questions += 1
     assert questions > 100 and several > 5
 
