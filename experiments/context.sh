@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Where does a memory begin to pay? Models that read on through the text, a window of 64 without a memory,
-# and a Transformer that sees 1,024 bytes; loss against position up to 64K. 30 minutes on one core.
+# Where does a memory begin to pay? Memories trained on rows of 256 bytes at random places, and memories that are
+# carried from row to row; a window of 64 without a memory, and a Transformer that sees 1,024 bytes; loss against
+# position up to 64K. 50 minutes on one core.
 source "$(dirname "$0")/common.sh"
 
-CARRY='--carry_state --reset_prob=0.2 --block_size=256 --batch_size=4 --max_iters=800'
-MODELS="lmm         $CARRY --arch=lmm --n_embd=148
-gated-delta $CARRY --arch=lmm --n_embd=148 --memory_rule=gated_delta
-mac         $CARRY --arch=mac
-mag-conv    $CARRY --arch=mag --attn_conv=4
-window-conv $CARRY --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
-gpt-conv    --block_size=1024 --batch_size=1 --max_iters=800 --arch=gpt --n_embd=152 --attn_conv=4"
+ROWS_OF_256='--block_size=256 --batch_size=4 --max_iters=800'
+CARRIED="$ROWS_OF_256 --carry_state --reset_prob=0.2"
+MODELS="lmm         $ROWS_OF_256 --arch=lmm --n_embd=148
+gated-delta $ROWS_OF_256 --arch=lmm --n_embd=148 --memory_rule=gated_delta
+mac         $ROWS_OF_256 --arch=mac
+mag-conv    $ROWS_OF_256 --arch=mag --attn_conv=4
+window-conv $ROWS_OF_256 --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
+gpt-conv    --block_size=1024 --batch_size=1 --max_iters=800 --arch=gpt --n_embd=152 --attn_conv=4
+lmm-carried         $CARRIED --arch=lmm --n_embd=148
+gated-delta-carried $CARRIED --arch=lmm --n_embd=148 --memory_rule=gated_delta
+mac-carried         $CARRIED --arch=mac
+mag-conv-carried    $CARRIED --arch=mag --attn_conv=4"
 
 # another text: DATASET=shakespeare_char, prepared before
 data=${DATASET:-stdlib}
