@@ -5,7 +5,8 @@ source "$(dirname "$0")/common.sh"
 
 train() {  # name, steps, options of the model
   run train.py config/compare_cpu.py --init_from=auto --out_dir="out/time/$1" --block_size=4096 --batch_size=1 \
-    --max_iters="$2" --warmup_iters=$(($2 / 8)) --eval_interval=$(($2 / 4)) --eval_iters=16 "${@:3}"
+    --max_iters="$2" --warmup_iters=$(($2 / 8)) --log_interval=$(($2 / 20)) --eval_interval=$(($2 / 4)) \
+    --eval_iters=16 "${@:3}"
 }
 
 run prepare.py stdlib
