@@ -4,8 +4,9 @@ Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh e
 
 A needle is a sentence such as "One of the special magic numbers for harbor is: 4821907.", inserted
 between two sentences of a haystack. A question at the end asks for the value, which must be in the
-greedy continuation. An answer about several keys names them, "for harbor is: 4821907, for ...", so
-each value follows the words that it follows in its needle. `prepare.py needle` makes training rows
+greedy continuation. An answer about several keys names them, "for harbor is: 4821907, harbor, and
+oak for oak is: 1234567.", so that each word and each value follows what it follows somewhere in the
+text: the memory can look up one after the other. `prepare.py needle` makes training rows
 with keys of one word; the rows of `prepare.py ruler` (tasks/ruler.py) have every kind of key. Both
 write an evaluation set for `eval_needle.py`.
 
@@ -24,6 +25,7 @@ write an evaluation set for `eval_needle.py`.
     latest         text      numbers  1 key told twice, the latest value asked, and 3 other keys
 """
 import functools
+import itertools
 import re
 import uuid
 import zlib
@@ -132,7 +134,7 @@ def question(kind, facts, keys, latest=False):
     """
     Ask for the values of some keys, or for the latest value of one. facts: [(key, value)] in the
     order of the text. -> question, answer [(lead, value)]. The answer to several keys names the key
-    of each value, in the words of the needle.
+    of each value, after the key in front of it in the list of the question.
     """
     answer = [('', value) for key, value in facts if key in keys][-1 if latest else 0:]
     if latest:
@@ -140,8 +142,11 @@ def question(kind, facts, keys, latest=False):
     if len(answer) == 1:
         return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer
     if len(keys) > 1:
-        answer = [(f' for {key} is:', value) for asked in keys for key, value in facts
-                  if key == asked]
+        listed = ['', *(f' {a}, {b}' for a, b in itertools.pairwise(keys[:-1])),
+                  f' {keys[-2]}, and {keys[-1]}']
+        answer = [(f'{before} for {asked} is:', value)
+                  for before, asked in zip(listed, keys, strict=True)
+                  for key, value in facts if key == asked]
     return ASK_ALL.format(kind=kind, keys=listing(keys)), answer
 
 
@@ -277,7 +282,7 @@ def sample(rng, task):
 # training rows
 
 # weights in the training loss; every other token has weight 1
-ANSWER_WEIGHT = 2000  # of an answer, shared by its tokens
+ANSWER_WEIGHT = 2000  # of what an answer says about a key, shared by its tokens
 FIRST = 8             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
 LEAD = 1 / 2          # of each token in front of a value
 QUESTION_WEIGHT = 32  # of each token of a question: the model has to tell the keys apart
@@ -340,7 +345,8 @@ def encode_answer(tokenizer, answer):
     for lead, value in answer:
         shares += [LEAD] * len(tokenizer.encode(lead))
         shares += [1 / min(i, FIRST) for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
-    return ids, np.round(ANSWER_WEIGHT / sum(shares) * np.array(shares[:len(ids)]))
+    total = ANSWER_WEIGHT * len({lead for lead, _ in answer})
+    return ids, np.round(total / sum(shares) * np.array(shares[:len(ids)]))
 
 
 def quiz_facts(rng, names):

@@ -275,7 +275,7 @@ def needles_row(rng, tokenizer, haystacks, length):
     inserts = [(float(depth), tokenizer.encode(needle.needle_text(kind, *fact)), [])
                for depth, fact in zip(sorted(rng.uniform(0, 0.6, len(facts))), facts, strict=True)]
     room = length * 0.95 - sum(len(ids) for _, ids, _ in inserts)
-    for asked, latest in questions(rng, names, told):
+    for asked, latest in questions(rng, names, told, key != 'uuid'):
         # an answer has the latest value first: it is what the memory reads under the key
         ask, answer = needle.question(kind, facts if latest else facts[::-1], asked, latest)
         if len(answer) == 1 and not latest and rng.integers(2):  # in the words of the needle
@@ -290,14 +290,15 @@ def needles_row(rng, tokenizer, haystacks, length):
     return needle.lay_out(rng, haystacks['text' if rng.integers(2) else 'noise'], length, inserts)
 
 
-def questions(rng, names, told):
+def questions(rng, names, told, several):
     """
-    Yield (keys, latest) for four rounds of questions: about one key, about two to four with one
-    value each, or about the latest of several values. told: the key of each needle.
+    Yield (keys, latest) for four rounds of questions: about one key, about up to four with one
+    value each (not without `several`), or about the latest of several values. told: the key of each
+    needle.
     """
     single = [name for name in names if told.count(name) == 1]
     for key in itertools.chain(*(rng.permutation(names).tolist() for _ in range(4))):
-        if len(single) > 1 and not rng.integers(4):
-            yield rng.permutation(single)[:rng.integers(2, 5)].tolist(), False
+        if several and len(single) > 1 and not rng.integers(4):
+            yield rng.permutation(single)[:4].tolist(), False
         else:
             yield [key], told.count(key) > 1 and bool(rng.integers(2))

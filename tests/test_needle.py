@@ -1,4 +1,5 @@
 """Needles are where they should be, scores are right, finished cells are kept."""
+import itertools
 import json
 import os
 import re
@@ -96,12 +97,15 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
             facts = [fact for fact in dict.fromkeys(needles) if fact[0] in names]
             if len(names) > 1:  # the answer names the key of each value
                 facts.sort(key=lambda fact: names.index(fact[0]))
-                assert answer == ','.join(f' for {key} is: {value}' for key, value in facts) + '.'
+                asked = [f'for {key} is: {value}' for key, value in facts]
+                listed = ['', *(f' {a}, {b}' for a, b in itertools.pairwise(names))]
+                listed[-1] = listed[-1].replace(', ', ', and ')  # as in the question
+                assert answer == ','.join(map(' '.join, zip(listed, asked, strict=True))) + '.'
                 several += 1
             else:
                 assert answer == ' ' + ', '.join(value for _, value in facts) + '.'
             total = int(weights[start:stop].sum())
-            assert abs(total - needle.ANSWER_WEIGHT) <= (stop - start) / 2
+            assert abs(total - needle.ANSWER_WEIGHT * len(names)) <= (stop - start) / 2
             lead = len(tokenizer.encode(f' for {names[0]} is:')) if len(names) > 1 else 0
             first = len(tokenizer.encode(answer.split(',')[0]))  # its first tokens weigh most
             assert (np.diff(weights[start + lead:start + first].astype(int)) <= 0).all()
