@@ -3,6 +3,7 @@ Draw the curves of one or more training runs from their log.jsonl, also while a 
 
     python plot.py out/stdlib_cpu [out/another ...]
     python plot.py --x=tokens out/compare/*/    # or --x=hours; the default is --x=step
+    python plot.py --panels out/time/*/*/       # a panel for each folder that has runs
 
 The losses appear in the terminal and in loss.png in the first run's folder. memory.png shows the
 memories: a row of panels for each run and a line for each block. Look there for dead memories:
@@ -27,6 +28,7 @@ LABELS = {'step': 'step', 'tokens': 'tokens', 'hours': 'hours of training'}
 @dataclass
 class PlotConfig:
     x: Literal['step', 'tokens', 'hours'] = 'step'  # the x axis; hours leave evaluations out
+    panels: bool = False        # draw the losses of each folder's runs in a panel of its own
 
 
 def read(out_dir, x='step'):
@@ -83,28 +85,44 @@ def limit_losses(axes, runs):
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def draw_loss(runs, x, path):
-    """For each run its validation loss and, in a paler colour, its training loss."""
-    plt = pyplot()
-    many = len(runs) > 8
-    size = (9 if many else 7, 4 + 0.1 * max(len(runs) - 20, 0))
-    figure, axes = plt.subplots(figsize=size, layout='constrained')
-    colours = plt.get_cmap('tab10').colors
-    if len(runs) > 10:
-        colours = plt.get_cmap('turbo')(np.linspace(0.05, 0.95, len(runs)))
-    for (name, curves), colour in zip(runs.items(), colours, strict=False):
-        axes.plot(*curves['loss'], color=colour, alpha=0.15 if many else 0.3, linewidth=1, zorder=1)
+def draw_losses(axes, runs, colours, x):
+    """Draw for each run its validation loss and, in a paler colour, its training loss."""
+    for name, curves in runs.items():
+        axes.plot(*curves['loss'], color=colours[name], alpha=0.15 if len(runs) > 8 else 0.3,
+                  linewidth=1, zorder=1)
         marker_size = 3 if len(curves['val_loss'][0]) < 50 else 0
-        axes.plot(*curves['val_loss'], color=colour, marker='o', markersize=marker_size,
+        axes.plot(*curves['val_loss'], color=colours[name], marker='o', markersize=marker_size,
                   linewidth=1.2, label=name)
     limit_losses(axes, runs)
-    axes.set(xlabel=LABELS[x], ylabel='loss (nats per token)', title='validation; paler: training')
-    axes.title.set_fontsize('small')
+    axes.set(xlabel=LABELS[x], ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
+
+
+def draw_loss(folders, x, path):
+    """
+    A panel for each folder of {title: {name: curves of a run}}. Runs of one name have one colour.
+    """
+    plt = pyplot()
+    names = list(dict.fromkeys(name for runs in folders.values() for name in runs))
+    colours = plt.get_cmap('tab10').colors
+    if len(names) > 10:
+        colours = plt.get_cmap('turbo')(np.linspace(0.05, 0.95, len(names)))
+    colours = dict(zip(names, colours, strict=False))
+    columns = min(len(folders), 2)
+    rows, many = -(-len(folders) // columns), len(names) > 8 or columns > 1
+    size = (9 if many else 7, rows * (4 + 0.1 * max(len(names) - 20, 0)))
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout='constrained')
+    for panel, (title, runs) in zip(axes.flat, folders.items(), strict=False):
+        draw_losses(panel, runs, colours, x)
+        panel.set_title(title or 'validation; paler: training', fontsize='small')
+    for panel in axes.flat[len(folders):]:
+        panel.remove()
+    lines = {line.get_label(): line for panel in axes.flat for line in panel.lines}
     if many:
-        figure.legend(loc='outside right upper', fontsize='small')
+        figure.legend([lines[name] for name in names], names, loc='outside right upper',
+                      fontsize='small')
     else:
-        axes.legend()
+        axes[0, 0].legend()
     save_figure(figure, path)
 
 
@@ -129,6 +147,15 @@ def draw_memory(runs, x, path):
     for ax in axes[-1]:
         ax.set_xlabel(LABELS[x])
     save_figure(figure, path)
+
+
+def by_folder(runs):
+    """{path of a run: curves} -> {folder: {name: curves}}"""
+    folders = {}
+    for path, curves in runs.items():
+        folder, name = os.path.split(path)
+        folders.setdefault(folder, {})[name] = curves
+    return folders
 
 
 def show_in_terminal(runs, x):
@@ -167,7 +194,7 @@ def main(argv):
         else:
             print(f"{out_dir}: not evaluated yet, last training loss {curves['loss'][1][-1]:.4f}")
     path = os.path.join(out_dirs[0], 'loss.png')
-    draw_loss(runs, config.x, path)
+    draw_loss(by_folder(runs) if config.panels else {'': runs}, config.x, path)
     print(f"wrote {path}")
     runs = {name: curves for name, curves in runs.items() if any(curves['memory'][1])}
     if runs:

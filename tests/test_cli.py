@@ -567,9 +567,14 @@ def test_plot_draws_one_run_or_several(trained, monkeypatch, capsys):
     drawn = []
     with monkeypatch.context() as patch:
         patch.setattr(plot, 'draw_memory', lambda runs, *_: drawn.append(list(runs)))
-        patch.setattr(plot, 'draw_loss', lambda runs, x, _: drawn.append((list(runs), x)))
+        patch.setattr(plot, 'draw_loss', lambda folders, x, _: drawn.append(
+            ([(folder, list(runs)) for folder, runs in folders.items()], x)))
         assert plot.main(['b/out', 'c/out/', 'c/out', '--x=hours']) == 0
-    assert drawn == [(['b/out', 'c/out'], 'hours'), ['c/out']]
+        assert plot.main(['b/out', 'c/out', '--panels']) == 0
+    assert drawn[:2] == [([('', ['b/out', 'c/out'])], 'hours'), ['c/out']]
+    assert drawn[2] == ([('b', ['out']), ('c', ['out'])], 'step')
+    assert plot.main(['c/out', 'b/out', 'out', '--panels']) == 0
+    os.remove('c/out/loss.png')
     assert plot.main(['b/out', 'c/out', 'out', '--x=tokens']) == 0
     assert {'loss.png', 'memory.png'} <= set(os.listdir('b/out'))
     assert not os.path.exists('c/out/loss.png')
@@ -581,8 +586,11 @@ def test_both_losses_of_a_run_share_a_colour(tmp_path, monkeypatch, n):
     monkeypatch.setattr(plt, 'close', lambda figure: None)
     losses = [5.5, 2.0, 1.5]
     run = {'loss': ([1.0, 2.0], losses[1:]), 'val_loss': ([0.0, 1.0, 2.0], losses)}
-    plot.draw_loss({f'run {i}': run for i in range(n)}, 'step', str(tmp_path / 'loss.png'))
-    colours = [str(line.get_color()) for line in plt.gcf().axes[0].lines]
+    runs = {f'run {i}': run for i in range(n)}
+    plot.draw_loss({'a': runs, 'b': runs}, 'step', str(tmp_path / 'loss.png'))
+    panels = [[str(line.get_color()) for line in axes.lines] for axes in plt.gcf().axes]
+    colours = panels[0]
+    assert panels == [colours, colours]
     assert colours[::2] == colours[1::2] and len(set(colours)) == n
     monkeypatch.undo()
     plt.close('all')
