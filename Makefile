@@ -3,13 +3,13 @@
 # make talk       a model to talk to: train it, tell it something, quit, ask it again; what repetition teaches it
 # make test       install what is needed, run the tests; make test-fast: without the slow ones, under two minutes
 # make lint       ruff, and mypy on the signatures that others call
-# make compare, family, recall, states, babi, mqar, mad, context, equal_time, ablate, graft, bench, ranks   long comparisons: what experiments/NAME.sh says
+# make compare, family, recall, states, babi, mqar, mad, equal_time, ablate, graft, bench, ranks   long comparisons: what experiments/NAME.sh says
 # make mutants    break SAMPLE=300 places of the code, drawn by SEED=1, one at a time: do the tests notice? An hour on 2 cores
 SHELL = /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
-EXPERIMENTS = compare family recall states babi mqar mad context equal_time ablate graft bench ranks
+EXPERIMENTS = compare family recall states babi mqar mad equal_time ablate graft bench ranks
 
 .PHONY: demo needle talk shakespeare test test-fast lint mutants clean $(EXPERIMENTS)
 

@@ -28,7 +28,7 @@ LABELS = {'step': 'step', 'tokens': 'tokens', 'hours': 'hours of training'}
 @dataclass
 class PlotConfig:
     x: Literal['step', 'tokens', 'hours'] = 'step'  # the x axis; hours leave evaluations out
-    panels: bool = False        # draw the losses of each folder's runs in a panel of its own
+    panels: bool = False        # the validation losses of each folder's runs in a panel of its own
 
 
 def read(out_dir, x='step'):
@@ -150,11 +150,11 @@ def draw_memory(runs, x, path):
 
 
 def by_folder(runs):
-    """{path of a run: curves} -> {folder: {name: curves}}"""
+    """{path of a run: curves} -> {folder: {name: curves without training losses}}"""
     folders = {}
     for path, curves in runs.items():
         folder, name = os.path.split(path)
-        folders.setdefault(folder, {})[name] = curves
+        folders.setdefault(folder, {})[name] = curves | {'loss': ([], [])}
     return folders
 
 

@@ -13,7 +13,7 @@ window_len = 64     # used by --arch=mag and mal
 block_size = 256
 batch_size = 4      # 1,024 tokens per step
 max_iters = 800
-warmup_iters = 50
+warmup_iters = 100
 learning_rate = 2e-3
 min_lr = 2e-4
 beta2 = 0.99

@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# MAC, MAC with momentum, MAC with its memory never written, the memory alone and the Transformer; then
-# the opponents: a Transformer and a window with the memory's convolutions, MAG with them, the memory
-# with the rules of DeltaNet and Gated DeltaNet. 3 seeds, two lengths. Three hours on one core.
+# Text: memories, and models without one, of nearly one size, trained on the same rows of 256 bytes at random places;
+# then loss against position in pieces of 64K bytes, with the state carried. Half an hour on one core for a seed and as
+# much again for the positions. SEEDS="1 2 3" for more seeds. Another text, prepared before:
+#   DATASET=shakespeare_char LENGTH=16384 make compare
 source "$(dirname "$0")/common.sh"
 
-compare() {  # block_size batch_size max_iters seed
-  local options=(config/compare_cpu.py --block_size="$1" --batch_size="$2" --max_iters="$3" --seed="$4")
-  run train.py "${options[@]}" --out_dir="out/compare/mac-$1-$4"
-  run train.py "${options[@]}" --out_dir="out/compare/mac-momentum-$1-$4" --memory_momentum=0.5 --memory_lr=0.6
-  run train.py "${options[@]}" --out_dir="out/compare/lmm-$1-$4" --arch=lmm --n_embd=148
-  run train.py "${options[@]}" --out_dir="out/compare/never-written-$1-$4" --update_memory=False
-  run train.py "${options[@]}" --out_dir="out/compare/gpt-$1-$4" --arch=gpt --n_embd=152
-  run train.py "${options[@]}" --out_dir="out/compare/gpt-conv-$1-$4" --arch=gpt --n_embd=152 --attn_conv=4
-  run train.py "${options[@]}" --out_dir="out/compare/window-conv-$1-$4" --arch=mag --memory_layers=none \
-    --n_embd=152 --attn_conv=4
-  run train.py "${options[@]}" --out_dir="out/compare/mag-conv-$1-$4" --arch=mag --attn_conv=4
-  run train.py "${options[@]}" --out_dir="out/compare/delta-$1-$4" --arch=lmm --n_embd=148 --memory_rule=delta
-  run train.py "${options[@]}" --out_dir="out/compare/gated-delta-$1-$4" --arch=lmm --n_embd=148 \
-    --memory_rule=gated_delta
-}
+MODELS='lmm --arch=lmm --n_embd=148
+gated-delta --arch=lmm --n_embd=148 --memory_rule=gated_delta
+mag-conv --arch=mag --attn_conv=4
+mac --arch=mac
+never-written --arch=mac --update_memory=False
+window-conv --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
+gpt-conv --arch=gpt --n_embd=152 --attn_conv=4
+gpt --arch=gpt --n_embd=152'
 
-run prepare.py stdlib
-for seed in 1 2 3; do
-  compare 256 4 800 "$seed"
-  compare 1024 1 400 "$seed"
+data=${DATASET:-stdlib}
+[[ $data == stdlib ]] && run prepare.py stdlib
+for seed in ${SEEDS:-1}; do
+  out=out/compare/$data/$seed others=()
+  while read -r name options; do
+    # shellcheck disable=SC2086  # the options are words
+    run train.py config/compare_cpu.py --init_from=auto --dataset="$data" --seed="$seed" --out_dir="$out/$name" $options
+    case $name in lmm | never-written) ;; *) others+=("$out/$name") ;; esac
+  done <<< "$MODELS"
+  run eval_context.py --out_dir="$out/lmm" --baseline="$(IFS=,; echo "${others[*]}")" --dataset="$data" \
+    --length="${LENGTH:-65536}" --rows="${ROWS:-4}"
+  run plot.py "$out"/*/
 done
-run plot.py out/compare/*/

@@ -10,8 +10,8 @@ for seed in ${SEEDS:-1 2 3}; do
     read -r name text needle options <<< "$model"
     out=out/family/$name-$seed
     # shellcheck disable=SC2086  # the options are words
-    run train.py config/compare_cpu.py --out_dir="$out/text" --n_layer=2 --n_embd="$text" --max_iters=300 --eval_interval=300 \
-      --seed="$seed" $options
+    run train.py config/compare_cpu.py --out_dir="$out/text" --n_layer=2 --n_embd="$text" --max_iters=300 --warmup_iters=50 \
+      --eval_interval=300 --seed="$seed" $options
     # shellcheck disable=SC2086
     run train.py config/needle_cpu.py --out_dir="$out/needle" --n_embd="$needle" --max_iters=400 --eval_interval=400 \
       --cost_from=0.5 --seed="$seed" $options
