@@ -72,7 +72,8 @@ def octaves(means):
 def draw(curves, path):
     """Loss against position on a logarithmic axis."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    many = len(curves) > 4
+    figure, axes = plt.subplots(figsize=(9 if many else 7, 4), layout='constrained')
     for name, means in curves.items():
         parts = octaves(means)
         ticks = [end for _, end, _ in parts]  # the same for all curves
@@ -81,7 +82,10 @@ def draw(curves, path):
     axes.set_xticks(ticks, [short_count(t) for t in ticks], fontsize=8)
     axes.set(xlabel='up to position (tokens read)', ylabel='loss (nats per token)')
     axes.grid(alpha=0.3)
-    axes.legend()
+    if many:
+        figure.legend(loc='outside right upper', fontsize='small')
+    else:
+        axes.legend()
     save_figure(figure, path)
 
 

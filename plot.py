@@ -2,7 +2,7 @@
 Draw the curves of one or more training runs from their log.jsonl, also while a run still goes on.
 
     python plot.py out/stdlib_cpu [out/another ...]
-    python plot.py --x=tokens out/compare/*/    # or --x=hours; the default is --x=step
+    python plot.py --x=tokens out/time/256/*/   # or --x=hours; the default is --x=step
     python plot.py --panels out/time/*/*/       # a panel for each folder that has runs
 
 The losses appear in the terminal and in loss.png in the first run's folder. memory.png shows the

@@ -1,5 +1,4 @@
-# Compare MAC with a Transformer of equal size on equal tokens of the Python standard library:
-# see `make compare`.
+# Compare models of equal size on equal tokens of the Python standard library: see `make compare`.
 out_dir = 'out/compare'
 dataset = 'stdlib'
 

@@ -8,6 +8,7 @@ source "$(dirname "$0")/common.sh"
 MODELS='lmm --arch=lmm --n_embd=148
 gated-delta --arch=lmm --n_embd=148 --memory_rule=gated_delta
 mag-conv --arch=mag --attn_conv=4
+mag-conv-256 --arch=mag --attn_conv=4 --window_len=256
 mac --arch=mac
 never-written --arch=mac --update_memory=False
 window-conv --arch=mag --memory_layers=none --n_embd=152 --attn_conv=4
