@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Text: memories, and models without one, of nearly one size, trained on the same rows of 256 bytes at random places;
-# then loss against position in pieces of 64K bytes, with the state carried. Half an hour on one core for a seed and as
-# much again for the positions. SEEDS="1 2 3" for more seeds. Another text, prepared before:
+# then loss against position in pieces of 64K bytes, with the state carried. Half an hour on one core for a seed;
+# SEEDS="1 2 3" for more. Another text, prepared before:
 #   DATASET=shakespeare_char LENGTH=16384 make compare
 source "$(dirname "$0")/common.sh"
 
