@@ -25,7 +25,6 @@ write an evaluation set for `eval_needle.py`.
     latest         text      numbers  1 key told twice, the latest value asked, and 3 other keys
 """
 import functools
-import itertools
 import re
 import uuid
 import zlib
@@ -142,10 +141,10 @@ def question(kind, facts, keys, latest=False):
     if len(answer) == 1:
         return ASK_ONE.format(kind=kind[:-1], keys=listing(keys)), answer
     if len(keys) > 1:
-        listed = ['', *(f' {a}, {b}' for a, b in itertools.pairwise(keys[:-1])),
-                  f' {keys[-2]}, and {keys[-1]}']
-        answer = [(f'{before} for {asked} is:', value)
-                  for before, asked in zip(listed, keys, strict=True)
+        listed = [*keys[:-1], f'and {keys[-1]}']  # as in the question
+        leads = ['', *(f' {before}, {key}' for before, key in zip(keys, listed[1:], strict=False))]
+        answer = [(f'{lead} for {asked} is:', value)
+                  for lead, asked in zip(leads, keys, strict=True)
                   for key, value in facts if key == asked]
     return ASK_ALL.format(kind=kind, keys=listing(keys)), answer
 
@@ -340,7 +339,7 @@ def lay_out(rng, haystack, length, inserts):
 
 
 def encode_answer(tokenizer, answer):
-    """-> ids of an answer [(lead, value)], the weight of each"""
+    """-> ids of an answer [(lead, value)], the weight of each. An empty lead is about one key."""
     ids, shares = tokenizer.encode(answer_text(answer)), []
     for lead, value in answer:
         shares += [LEAD] * len(tokenizer.encode(lead))
