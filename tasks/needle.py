@@ -339,7 +339,7 @@ def lay_out(rng, haystack, length, inserts):
 
 
 def encode_answer(tokenizer, answer):
-    """-> ids of an answer [(lead, value)], the weight of each. An empty lead is about one key."""
+    """-> ids of an answer [(lead, value)], the weight of each. Each key has a lead of its own."""
     ids, shares = tokenizer.encode(answer_text(answer)), []
     for lead, value in answer:
         shares += [LEAD] * len(tokenizer.encode(lead))
