@@ -154,7 +154,8 @@ def by_folder(runs):
     folders = {}
     for path, curves in runs.items():
         folder, name = os.path.split(path)
-        folders.setdefault(folder, {})[name] = curves | {'loss': ([], [])}
+        title = folder or 'validation'  # all runs are in one folder
+        folders.setdefault(title, {})[name] = curves | {'loss': ([], [])}
     return folders
 
 

@@ -571,8 +571,10 @@ def test_plot_draws_one_run_or_several(trained, monkeypatch, capsys):
             ([(folder, list(runs)) for folder, runs in folders.items()], x)))
         assert plot.main(['b/out', 'c/out/', 'c/out', '--x=hours']) == 0
         assert plot.main(['b/out', 'c/out', '--panels']) == 0
+        assert plot.main(['b/out', '--panels']) == 0
     assert drawn[:2] == [([('', ['b/out', 'c/out'])], 'hours'), ['c/out']]
     assert drawn[2] == ([('b', ['out']), ('c', ['out'])], 'step')
+    assert drawn[4] == ([('validation', ['out'])], 'step')  # no training losses, and not said so
     assert plot.main(['c/out', 'b/out', 'out', '--panels']) == 0
     os.remove('c/out/loss.png')
     assert plot.main(['b/out', 'c/out', 'out', '--x=tokens']) == 0
