@@ -132,10 +132,15 @@ def listing(items):
 def question(kind, facts, keys, latest=False):
     """
     Ask for the values of some keys, or for the latest value of one. facts: [(key, value)] in the
-    order of the text. -> question, answer [(lead, value)]. The answer to several keys names the key
-    of each value, after the key in front of it in the list of the question.
+    order of the text. -> question, answer [(lead, value)], strings that follow each other
+
+    Each value follows what it follows in its needle, "for harbor is:". Of several keys, each is
+    named after the one in front of it in the list of the question. For a key with several numbers
+    the answer tries all first digits: where the text has one, the rest of the number follows (of
+    the later one, where two begin alike).
     """
-    answer = [('', value) for key, value in facts if key in keys][-1 if latest else 0:]
+    answer = [(f' for {key} is:', f' {value}')
+              for key, value in facts if key in keys][-1 if latest else 0:]
     if latest:
         return ASK_LATEST.format(kind=kind[:-1], keys=keys[0]), answer
     if len(answer) == 1:
@@ -143,14 +148,17 @@ def question(kind, facts, keys, latest=False):
     if len(keys) > 1:
         listed = [*keys[:-1], f'and {keys[-1]}']  # as in the question
         leads = ['', *(f' {before}, {key}' for before, key in zip(keys, listed[1:], strict=False))]
-        answer = [(f'{lead} for {asked} is:', value)
+        answer = [(f'{lead} for {asked} is:', f' {value}')
                   for lead, asked in zip(leads, keys, strict=True)
                   for key, value in facts if key == asked]
+    else:
+        rest = {value[1]: value[2:] for _, value in answer}
+        answer = [(f' from {keys[0]} is: {first}', rest.get(first, '')) for first in '123456789']
     return ASK_ALL.format(kind=kind, keys=listing(keys)), answer
 
 
 def answer_text(answer):
-    return ','.join(f'{lead} {value}' for lead, value in answer) + '.'
+    return ','.join(lead + value for lead, value in answer) + '.'
 
 
 def sentences(text):
@@ -274,7 +282,8 @@ def sample(rng, task):
     return {'needles': [[needle_text(task.kind, key, value), None if i == first else float(depth)]
                         for i, (key, value, depth) in enumerate(facts)],
             'span': 'before' if task.latest else 'all', 'ask': ask, 'answer': answer_text(answer),
-            'values': [value for _, value in answer], 'place': float(rng.random())}
+            'values': [fact[1] for fact in facts if fact[0] in asked][-1 if task.latest else 0:],
+            'place': float(rng.random())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,7 +291,7 @@ def sample(rng, task):
 
 # weights in the training loss; every other token has weight 1
 ANSWER_WEIGHT = 2000  # of what an answer says about a key, shared by its tokens
-FIRST = 8             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
+FIRST = 4             # token i of a value has the share 1 / min(i, FIRST): the key decides token 1
 LEAD = 1 / 2          # of each token in front of a value
 QUESTION_WEIGHT = 32  # of each token of a question: the model has to tell the keys apart
 MIN_ROW = 128       # tokens in which a needle, its question and its answer fit
@@ -340,12 +349,13 @@ def lay_out(rng, haystack, length, inserts):
 
 def encode_answer(tokenizer, answer):
     """-> ids of an answer [(lead, value)], the weight of each. Each key has a lead of its own."""
-    ids, shares = tokenizer.encode(answer_text(answer)), []
-    for lead, value in answer:
-        shares += [LEAD] * len(tokenizer.encode(lead))
-        shares += [1 / min(i, FIRST) for i in range(1, len(tokenizer.encode(f' {value},')) + 1)]
-    total = ANSWER_WEIGHT * len({lead for lead, _ in answer})
-    return ids, np.round(total / sum(shares) * np.array(shares[:len(ids)]))
+    ids, shares = [], []
+    for (lead, value), end in zip(answer, [','] * (len(answer) - 1) + ['.'], strict=True):
+        lead, value = tokenizer.encode(lead), tokenizer.encode(value + end)
+        ids += [*lead, *value]
+        shares += [LEAD] * len(lead) + [1 / min(i + 1, FIRST) for i in range(len(value))]
+    values = sum(bool(lead and value) for lead, value in answer)
+    return ids, np.round(ANSWER_WEIGHT * max(values, 1) / sum(shares) * np.array(shares))
 
 
 def quiz_facts(rng, names):
@@ -353,19 +363,21 @@ def quiz_facts(rng, names):
     kind = 'numbers' if rng.integers(8) else 'uuids'
     shapes = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)]
     keys, values = shapes[rng.integers(8)]
+    values = values if kind == 'numbers' else 1
     facts = make_alike(rng, kind, draw_facts(rng, kind, names[:keys], values))
     return kind, sorted((float(rng.uniform(0, 0.6)), key, value) for key, value in facts)
 
 
 def make_alike(rng, kind, facts):
-    """Make the values of half of the texts alike, so that the model needs the key. -> facts"""
-    if rng.integers(2):
+    """Make the values of most texts alike, so that the model needs the key. -> facts"""
+    several = len({key for key, _ in facts}) < len(facts)
+    if not several and rng.integers(2):  # the first digits of a key's numbers have to differ
         # all values begin with the same character: the model needs the key beyond the first token
         first = facts[0][1][0]
         facts = [(key, first + value[1:]) for key, value in facts]
-    if kind == 'numbers' and rng.integers(2):
+    if kind == 'numbers' and rng.integers(4):
         # few different digits: a digit does not tell which one follows it, but the key does
-        few = rng.permutation(10)[:rng.integers(3, 6)]
+        few = rng.permutation(9)[:rng.integers(3, 6)] + 1
         facts = [(key, ''.join(str(few[int(digit) % len(few)]) for digit in value))
                  for key, value in facts]
     return facts
@@ -384,7 +396,7 @@ def quiz_questions(rng, tokenizer, kind, facts, room):
         ask, answer = question(kind, [fact[1:] for fact in facts], asked)
         if len(answer) == 1 and rng.integers(2):
             # in the words of the needle: this teaches to store which value belongs to which key
-            ask = needle_text(kind, asked[0], '').removesuffix(' .')
+            ask, answer = needle_text(kind, asked[0], '').removesuffix(' .'), [('', answer[0][1])]
         ask, (answer, weights) = tokenizer.encode(ask), encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:

@@ -153,7 +153,7 @@ def variables(rng, words):
     depths = [None, *sorted(rng.random(VARIABLES - 1).tolist())]
     return {'needles': [list(pair) for pair in zip(statements, depths, strict=True)],
             'span': 'after', 'ask': ASK_VARIABLES.format(value=value),
-            'answer': needle.answer_text([('', name) for name in names]), 'values': names}
+            'answer': needle.answer_text([('', f' {name}') for name in names]), 'values': names}
 
 
 def common_words(rng, words):
@@ -167,7 +167,7 @@ def frequent_words(rng, words):
 def count_sample(values, ask):
     """A sample of which the haystack is made of the words asked for, as needle.sample."""
     return {'needles': [[f' {word}', 0.0] for word in values], 'span': 'all', 'ask': ask,
-            'answer': needle.answer_text([('', value) for value in values]), 'values': values}
+            'answer': needle.answer_text([('', f' {value}') for value in values]), 'values': values}
 
 
 SAMPLES = {'variable-tracking': variables, 'common-words': common_words,
@@ -244,7 +244,8 @@ def training_text(rng, tokenizer, haystacks, length):
         return needles_row(rng, tokenizer, haystacks, length)
     name = list(SAMPLES)[other]
     sample = SAMPLES[name](rng, haystacks['list'].names)
-    answer, answer_weights = needle.encode_answer(tokenizer, [('', v) for v in sample['values']])
+    answer, answer_weights = needle.encode_answer(
+        tokenizer, [('', f' {value}') for value in sample['values']])
     ask = tokenizer.encode(sample['ask'])
     inserts = [(share or 0, tokenizer.encode(text), []) for text, share in sample['needles']]
     ids, weights = needle.lay_out(rng, haystacks[HAYSTACKS[name]],
@@ -269,17 +270,19 @@ def needles_row(rng, tokenizer, haystacks, length):
         most = int(0.6 * length / size)
         count = int(most ** rng.random())
     names = needle.draw_keys(rng, key, count)
-    told = (names + names[:1] * (0 if rng.integers(3) else rng.integers(1, 4)))[:most]
+    told = names
+    if kind == 'numbers' and not rng.integers(2):
+        told = (names + names[:1] * rng.integers(1, 4))[:most]
     facts = [(key, needle.draw_value(rng, kind)) for key in rng.permutation(told).tolist()]
     facts = needle.make_alike(rng, kind, facts)
     inserts = [(float(depth), tokenizer.encode(needle.needle_text(kind, *fact)), [])
                for depth, fact in zip(sorted(rng.uniform(0, 0.6, len(facts))), facts, strict=True)]
     room = length * 0.95 - sum(len(ids) for _, ids, _ in inserts)
     for asked, latest in questions(rng, names, told, key != 'uuid'):
-        # an answer has the latest value first: it is what the memory reads under the key
-        ask, answer = needle.question(kind, facts if latest else facts[::-1], asked, latest)
+        ask, answer = needle.question(kind, facts, asked, latest)
         if len(answer) == 1 and not latest and rng.integers(2):  # in the words of the needle
             ask = needle.needle_text(kind, asked[0], '').removesuffix(' .')
+            answer = [('', answer[0][1])]
         ask, (answer, weights) = tokenizer.encode(ask), needle.encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:
@@ -292,13 +295,17 @@ def needles_row(rng, tokenizer, haystacks, length):
 
 def questions(rng, names, told, several):
     """
-    Yield (keys, latest) for four rounds of questions: about one key, about up to four with one
-    value each (not without `several`), or about the latest of several values. told: the key of each
-    needle.
+    Yield (keys, latest) for four rounds of questions: one in four about up to four keys with one
+    value each (not without `several`), one in four about the key with several values, for all of
+    them or for the latest. told: the key of each needle.
     """
-    single = [name for name in names if told.count(name) == 1]
+    once = [name for name in names if told.count(name) == 1]
+    repeated = [name for name in names if told.count(name) > 1]
     for key in itertools.chain(*(rng.permutation(names).tolist() for _ in range(4))):
-        if several and len(single) > 1 and not rng.integers(4):
-            yield rng.permutation(single)[:4].tolist(), False
+        about = rng.integers(4)
+        if about == 0 and several and len(once) > 1:
+            yield rng.permutation(once)[:4].tolist(), False
+        elif repeated and (about == 1 or key in repeated):
+            yield repeated, bool(rng.integers(2))
         else:
-            yield [key], told.count(key) > 1 and bool(rng.integers(2))
+            yield [key], False

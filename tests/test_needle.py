@@ -81,7 +81,7 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
     if tokenizer is None:
         pytest.skip("needs tiktoken's GPT-2 files")
     haystacks = {'noise': Haystack(needle.NOISE, tokenizer), 'text': Haystack(TEXT, tokenizer)}
-    questions = several = 0
+    questions = several = tried = 0
     for seed in range(60):
         ids, weights = training_row(np.random.default_rng(seed), tokenizer, haystacks, 400)
         assert len(ids) == len(weights) == 400
@@ -95,24 +95,34 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
             names = names.replace('and ', '').split(', ')
             needles = re.findall(r"One of the special magic \w+ for (\w+) is: ([\w-]+)\.", text)
             facts = [fact for fact in dict.fromkeys(needles) if fact[0] in names]
-            if len(names) > 1:  # the answer names the key of each value
+            if text.endswith(' is:'):  # in the words of the needle
+                parts = [('', f' {value}') for _, value in facts]
+            elif len(names) > 1:  # as in the list of the question
                 facts.sort(key=lambda fact: names.index(fact[0]))
-                asked = [f'for {key} is: {value}' for key, value in facts]
                 listed = ['', *(f' {a}, {b}' for a, b in itertools.pairwise(names))]
-                listed[-1] = listed[-1].replace(', ', ', and ')  # as in the question
-                assert answer == ','.join(map(' '.join, zip(listed, asked, strict=True))) + '.'
+                listed[-1] = listed[-1].replace(', ', ', and ')
+                parts = [(f'{before} for {key} is:', f' {value}')
+                         for before, (key, value) in zip(listed, facts, strict=True)]
                 several += 1
+            elif len(facts) > 1:  # all first digits are tried
+                rest = {value[0]: value[1:] for _, value in facts}
+                parts = [(f' from {names[0]} is: {digit}', rest.get(digit, ''))
+                         for digit in '123456789']
+                tried += 1
             else:
-                assert answer == ' ' + ', '.join(value for _, value in facts) + '.'
-            total = int(weights[start:stop].sum())
-            assert abs(total - needle.ANSWER_WEIGHT * len(names)) <= (stop - start) / 2
-            lead = len(tokenizer.encode(f' for {names[0]} is:')) if len(names) > 1 else 0
-            first = len(tokenizer.encode(answer.split(',')[0]))  # its first tokens weigh most
-            assert (np.diff(weights[start + lead:start + first].astype(int)) <= 0).all()
-            halves = weights[start:start + lead] - needle.LEAD * weights[start + lead]
-            assert (np.abs(halves) <= 1).all()
+                parts = [(f' for {names[0]} is:', f' {facts[0][1]}')]
+            assert answer == ','.join(lead + value for lead, value in parts) + '.'
+            total = needle.ANSWER_WEIGHT * sum(value != '' for _, value in parts)
+            assert abs(int(weights[start:stop].sum()) - total) <= (stop - start) / 2
+            for lead, value in parts:  # the first tokens of a value weigh most
+                value_start = start + len(tokenizer.encode(lead))
+                lead, start = weights[start:value_start], \
+                    value_start + len(tokenizer.encode(f'{value},'))
+                assert (np.abs(lead - needle.LEAD * weights[value_start]) <= 1).all()
+                assert (np.diff(weights[value_start:start].astype(int)) <= 0).all()
+            assert start == stop
             questions += 1
-    assert questions > 100 and several > 5
+    assert questions > 100 and several > 5 and tried > 0
 
 
 def test_training_reads_complete_rows_with_weights(workspace):

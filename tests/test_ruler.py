@@ -81,7 +81,7 @@ def test_words_are_as_frequent_as_in_ruler():
 def test_samples_of_the_first_tasks_are_drawn_as_before():
     first = {task: SAMPLES[task] for task in list(SAMPLES)[:6]}
     assert hashlib.sha256(json.dumps(first).encode()).hexdigest() == \
-        'f4b64cc7cb549bb592443e623099478bb5c048721d911f74eb277dbe971a10e4'
+        '391a7d7fac7a25cf1dab8be69be9c424ee280ca6b10e2534d60b7169133c0da1'
 
 
 def test_nothing_but_the_key_tells_which_needle_is_asked_for():
@@ -145,15 +145,19 @@ def test_texts_of_training_have_right_answers_and_no_unseen_key(monkeypatch):
             if before.endswith(' is:'):  # a question in the words of the needle
                 key = re.search(r' for ([\w -]+) is:$', before)[1]
                 before += f' The special magic number for {key} mentioned in the provided text is'
-            named = re.findall(r' for ([\w -]+) is: ([\w-]+)[,.]', answer)
-            if named:  # the answer names the key of each value
-                keys = ', '.join(key for key, _ in named[:-1]) + f', and {named[-1][0]} mentioned'
-                assert f' for {keys} in the provided' in before
-                assert set(named) <= set(FACT.findall(before))
-                assert solve(before) == {value for _, value in named}
+                answer = f' for {key} is:{answer}'
+            keys, values = zip(*re.findall(r' (?:for|from) ([\w -]+) is: ([\w-]+)[,.]', answer)
+                               or [('', value) for value in answer.strip(' .').split(', ')],
+                               strict=True)
+            if ' from ' in answer:  # all first digits are tried
+                assert [value[0] for value in values] == list('123456789')
+                told = {v[0]: v for key, v in FACT.findall(before) if key == keys[0]}
+                values = [value for value in values if len(value) > 1]
+                assert set(values) == set(told.values()) and len(set(keys)) == 1
             else:
-                assert solve(before) == set(answer.strip(' .').split(', '))
-            asked[before.split()[-1] if not named else 'several keys'] += 1
+                assert solve(before) == set(values)
+                assert all(key in before for key in keys)
+            asked[before.split()[-1] if keys[0] in ('', keys[-1]) else 'several keys'] += 1
     assert asked['is'] > 200 and asked['are'] > 20 and asked['are:'] > 10
     assert asked['several keys'] > 40
 
