@@ -4,11 +4,10 @@ Needles in haystacks: the single-needle and multi-needle tasks of RULER (Hsieh e
 
 A needle is a sentence such as "One of the special magic numbers for harbor is: 4821907.", inserted
 between two sentences of a haystack. A question at the end asks for the value, which must be in the
-greedy continuation. An answer about several keys names them, "for harbor is: 4821907, harbor, and
-oak for oak is: 1234567.", so that each word and each value follows what it follows somewhere in the
-text: the memory can look up one after the other. `prepare.py needle` makes training rows
-with keys of one word; the rows of `prepare.py ruler` (tasks/ruler.py) have every kind of key. Both
-write an evaluation set for `eval_needle.py`.
+greedy continuation. An answer repeats its needle's words, "for harbor is: 4821907.": a memory says
+what came after the same words (see `question`). `prepare.py needle` makes training rows with keys
+of one word; the rows of `prepare.py ruler` (tasks/ruler.py) have every kind of key. Both write an
+evaluation set for `eval_needle.py`.
 
     task           haystack  values   needles
     pass-key       noise     numbers  1
@@ -348,7 +347,7 @@ def lay_out(rng, haystack, length, inserts):
 
 
 def encode_answer(tokenizer, answer):
-    """-> ids of an answer [(lead, value)], the weight of each. Each key has a lead of its own."""
+    """-> ids of an answer [(lead, value)], the weight of each: as much for each value named"""
     ids, shares = [], []
     for (lead, value), end in zip(answer, [','] * (len(answer) - 1) + ['.'], strict=True):
         lead, value = tokenizer.encode(lead), tokenizer.encode(value + end)
@@ -363,15 +362,16 @@ def quiz_facts(rng, names):
     kind = 'numbers' if rng.integers(8) else 'uuids'
     shapes = [(1, 1), (1, 1), (1, 3), (2, 1), (2, 1), (3, 1), (4, 1), (4, 1)]
     keys, values = shapes[rng.integers(8)]
-    values = values if kind == 'numbers' else 1
+    if kind == 'uuids':  # several values of a key are numbers
+        values = 1
     facts = make_alike(rng, kind, draw_facts(rng, kind, names[:keys], values))
     return kind, sorted((float(rng.uniform(0, 0.6)), key, value) for key, value in facts)
 
 
 def make_alike(rng, kind, facts):
     """Make the values of most texts alike, so that the model needs the key. -> facts"""
-    several = len({key for key, _ in facts}) < len(facts)
-    if not several and rng.integers(2):  # the first digits of a key's numbers have to differ
+    several = len({key for key, _ in facts}) < len(facts)  # their first digits have to differ
+    if not several and rng.integers(2):
         # all values begin with the same character: the model needs the key beyond the first token
         first = facts[0][1][0]
         facts = [(key, first + value[1:]) for key, value in facts]
