@@ -136,7 +136,7 @@ def question(kind, facts, keys, latest=False):
     Each value follows what it follows in its needle, "for harbor is:". Of several keys, each is
     named after the one in front of it in the list of the question. For a key with several numbers
     the answer tries all first digits: where the text has one, the rest of the number follows (of
-    the later one, where two begin alike).
+    the later one, where two begin alike). That needs a tokenizer with a token for each digit.
     """
     answer = [(f' for {key} is:', f' {value}')
               for key, value in facts if key in keys][-1 if latest else 0:]
@@ -151,9 +151,14 @@ def question(kind, facts, keys, latest=False):
                   for lead, asked in zip(leads, keys, strict=True)
                   for key, value in facts if key == asked]
     else:
-        rest = {value[1]: value[2:] for _, value in answer}
+        rest = {value[0]: value[1:] for key, value in facts if key in keys}
         answer = [(f' from {keys[0]} is: {first}', rest.get(first, '')) for first in '123456789']
     return ASK_ALL.format(kind=kind, keys=listing(keys)), answer
+
+
+def in_needle_words(kind, key, answer):
+    """Ask for one value with the needle up to the value. -> question, answer"""
+    return needle_text(kind, key, '').removesuffix(' .'), [('', answer[0][1])]
 
 
 def answer_text(answer):
@@ -350,11 +355,11 @@ def encode_answer(tokenizer, answer):
     """-> ids of an answer [(lead, value)], the weight of each: as much for each value named"""
     ids, shares = [], []
     for (lead, value), end in zip(answer, [','] * (len(answer) - 1) + ['.'], strict=True):
-        lead, value = tokenizer.encode(lead), tokenizer.encode(value + end)
-        ids += [*lead, *value]
-        shares += [LEAD] * len(lead) + [1 / min(i + 1, FIRST) for i in range(len(value))]
-    values = sum(bool(lead and value) for lead, value in answer)
-    return ids, np.round(ANSWER_WEIGHT * max(values, 1) / sum(shares) * np.array(shares))
+        lead_ids, value_ids = tokenizer.encode(lead), tokenizer.encode(value + end)
+        ids += [*lead_ids, *value_ids]
+        shares += [LEAD] * len(lead_ids) + [1 / min(i + 1, FIRST) for i in range(len(value_ids))]
+    named = sum(bool(lead and value) for lead, value in answer)
+    return ids, np.round(ANSWER_WEIGHT * max(named, 1) / sum(shares) * np.array(shares))
 
 
 def quiz_facts(rng, names):
@@ -396,7 +401,7 @@ def quiz_questions(rng, tokenizer, kind, facts, room):
         ask, answer = question(kind, [fact[1:] for fact in facts], asked)
         if len(answer) == 1 and rng.integers(2):
             # in the words of the needle: this teaches to store which value belongs to which key
-            ask, answer = needle_text(kind, asked[0], '').removesuffix(' .'), [('', answer[0][1])]
+            ask, answer = in_needle_words(kind, asked[0], answer)
         ask, (answer, weights) = tokenizer.encode(ask), encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:

@@ -280,9 +280,8 @@ def needles_row(rng, tokenizer, haystacks, length):
     room = length * 0.95 - sum(len(ids) for _, ids, _ in inserts)
     for asked, latest in questions(rng, names, told, key != 'uuid'):
         ask, answer = needle.question(kind, facts, asked, latest)
-        if len(answer) == 1 and not latest and rng.integers(2):  # in the words of the needle
-            ask = needle.needle_text(kind, asked[0], '').removesuffix(' .')
-            answer = [('', answer[0][1])]
+        if len(answer) == 1 and not latest and rng.integers(2):
+            ask, answer = needle.in_needle_words(kind, asked[0], answer)
         ask, (answer, weights) = tokenizer.encode(ask), needle.encode_answer(tokenizer, answer)
         room -= len(ask) + len(answer)
         if room < 0:
