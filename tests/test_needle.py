@@ -125,6 +125,14 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
     assert questions > 100 and several > 5 and tried > 0
 
 
+def test_numbers_of_one_key_do_not_begin_alike():
+    facts = [('oak', first + '234567') for first in '123']  # of three digits or more these three differ
+    for seed in range(20):
+        alike = needle.make_alike(np.random.default_rng(seed), 'numbers', facts)
+        firsts = {value[0] for _, value in alike}
+        assert len(firsts) == 3 and '0' not in firsts
+
+
 def test_training_reads_complete_rows_with_weights(workspace):
     data = Dataset('data', 'needle')
     x, y, weights, _ = data.random('train', 50, 256, np.random.default_rng(0))
