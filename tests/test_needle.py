@@ -126,7 +126,7 @@ def test_every_answer_is_in_the_row_before_its_question(kind, monkeypatch):
 
 
 def test_numbers_of_one_key_do_not_begin_alike():
-    facts = [('oak', first + '234567') for first in '123']  # of three digits or more these three differ
+    facts = [('oak', first + '234567') for first in '123']  # they differ by any few digits
     for seed in range(20):
         alike = needle.make_alike(np.random.default_rng(seed), 'numbers', facts)
         firsts = {value[0] for _, value in alike}
